@@ -127,9 +127,15 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
         exponent = torch.where(finite, exponent, 1).clamp(min=1)
         scale, factor = (exponent << 23).view(torch.float32), ((254 - exponent) << 23).view(torch.float32)
     else:
-        scale = torch.where(finite, amax / E4M3_MAX, SCALE_MIN).clamp(min=SCALE_MIN)
+        scale = amax / torch.full_like(amax, E4M3_MAX)      # by a tensor: CUDA multiplies by a number's inverse, off by an ulp
+        scale = torch.where(finite, scale, SCALE_MIN).clamp(min=SCALE_MIN)
         factor = 1 / scale
     return scale, torch.where(finite, factor, torch.nan)
+
+
+def given_scale(amax: Tensor, scales: str) -> Tensor:
+    """A scale to be handed to a quantizer, which then sees no maximum: NaN where the data is not finite."""
+    return torch.where(amax.isfinite(), scale_of(amax, scales)[0], torch.nan)
 
 
 @triton.jit
@@ -155,7 +161,7 @@ def _amax_bits(x, axis: tl.constexpr):
 
 @triton.jit
 def _encode(x):
-    """fp32 -> the byte of the nearest E4M3 code, ties to even."""
+    """fp32 or fp16 -> the byte of the nearest E4M3 code, ties to even."""
     return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 
 
@@ -280,6 +286,16 @@ def quantize_weight_ref(w: Tensor, scales: str = "pow2", granularity: str = "blo
 
 
 @triton.jit
+def _weight_amax_kernel(w, amax, amax_t, N, K, TILE: tl.constexpr):  # w [E, N, K], amax [E, K/128, N], amax_t [E, N/128, K]
+    """Grid (N/128, K/128, E). Reads 4NK bytes an expert: the largest magnitude of each row and column of a tile."""
+    n, k, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, col = n * TILE + tl.arange(0, TILE), k * TILE + tl.arange(0, TILE)
+    tile = tl.load(w + e * N * K + row[:, None].to(tl.int64) * K + col[None, :]).to(tl.float32)
+    tl.store(amax + (e * (K // TILE) + k) * N + row, _amax_bits(tile, 1))
+    tl.store(amax_t + (e * (N // TILE) + n) * K + col, _amax_bits(tile, 0))
+
+
+@triton.jit
 def _quantize_weight_kernel(w, data, scale, data_t, scale_t,  # [E, N, K] fp32 -> uint8 [E, N, K], [E, K, N]
                             N, K, POW2: tl.constexpr, ROW: tl.constexpr, TILE: tl.constexpr):
     """Grid (N/128, K/128, E). Reads 4NK, writes 2NK bytes an expert. ROW: the scales are given, one a row."""
@@ -311,15 +327,16 @@ def quantize_weight(w: Tensor, scales: str = "pow2", granularity: str = "block")
         return quantize_weight_ref(w, scales, granularity)
     w, (E, N, K) = w.contiguous(), w.shape
     row = granularity == "row"
-    if row:                                                 # a maximum norm is a fused abs and max, and keeps NaN
-        amax, amax_t = (torch.linalg.vector_norm(w, math.inf, dim, dtype=torch.float32) for dim in (2, 1))
-        scale, scale_t = (scale_of(a, scales)[0].where(a.isfinite(), torch.nan)[:, None].contiguous()
-                          for a in (amax, amax_t))
+    grid = (N // BLOCK, K // BLOCK, E)
+    if row:
+        tiles = [w.new_empty(E, a // BLOCK, b, dtype=torch.int32) for a, b in ((K, N), (N, K))]
+        _weight_amax_kernel[grid](w, *tiles, N, K, BLOCK, num_warps=8)
+        scale, scale_t = (given_scale(bits.amax(1, keepdim=True).view(torch.float32), scales) for bits in tiles)
     else:
         scale, scale_t = w.new_empty(2, E, K // BLOCK, N // BLOCK, dtype=torch.float32)
         scale_t = scale_t.view(E, N // BLOCK, K // BLOCK)
     data, data_t = w.new_empty(E, N, K, dtype=FP8), w.new_empty(E, K, N, dtype=FP8)
-    _quantize_weight_kernel[N // BLOCK, K // BLOCK, E](
+    _quantize_weight_kernel[grid](
         w, _bytes(data), scale, _bytes(data_t), scale_t, N, K, scales == "pow2", row, BLOCK, num_warps=8)
     return QTensor(data, scale, scales), QTensor(data_t, scale_t, scales)
 
@@ -339,12 +356,15 @@ def scaling_aware_transpose_ref(q: QTensor, rows: Tensor | None = None, target: 
 
 
 @triton.jit
-def _scaling_aware_transpose_kernel(data, scale, rows, target, out, out_scale,
+def _scaling_aware_transpose_kernel(data, scale, rows, target, tile_expert, out, out_scale,
                                     # data [T, C] uint8, scale [C/128 or 1, T], rows [M] int64 or None,
                                     # target [M/128] or None, out [C, M] uint8, out_scale [M/128, C/128 or 1]
                                     T, C, M, SCALES: tl.constexpr, TILE: tl.constexpr):
     """Grid (C/128, M/128): one tile a program. Reads MC, writes MC bytes."""
     j, i = tl.program_id(0), tl.program_id(1)
+    if tile_expert is not None:
+        if tl.load(tile_expert + i) < 0:
+            return
     slot, col = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
     row = slot.to(tl.int64)
     if rows is not None:                                    # gather on the way in: the permute costs nothing here
@@ -357,20 +377,23 @@ def _scaling_aware_transpose_kernel(data, scale, rows, target, out, out_scale,
         top = tl.load(target + i)
     codes = tl.load(data + row[:, None] * C + col[None, :], mask=(row >= 0)[:, None], other=0)
     k = (top.to(tl.int32, bitcast=True) - s.to(tl.int32, bitcast=True)) >> 23
-    shift = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True)             # 2^-k; k >= 127 leaves nothing
-    codes = _encode(_decode(codes) * shift[:, None])        # normal codes: the exponent moves, the mantissa stays
+    # 2^-k in fp16, which holds every code and whatever of it E4M3 can still see; beyond k = 20 no code is left
+    shift = tl.where(k <= 20, (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True), 0.0).to(tl.float16)
+    codes = _encode(codes.to(tl.float8e4nv, bitcast=True).to(tl.float16) * shift[:, None])
     tl.store(out + col[:, None].to(tl.int64) * M + slot[None, :], tl.trans(codes))
     if (SCALES > 1) | (j == 0):
         tl.store(out_scale + i * SCALES + js, top)
 
 
-def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None, target: Tensor | None = None) -> QTensor:
+def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None, target: Tensor | None = None,
+                            tiles: Tensor | None = None) -> QTensor:
     """Row-wise FP8 [M, C] -> column-wise FP8 [C, M] without leaving FP8 (paper section 3.2, algorithm 1).
 
     In each 128x128 tile the largest row scale S becomes the tile's scale, and the codes of a row with scale s move down
     by k = log2(S/s) binades: exact while they stay normal, nearest-even below 2^-6, NaN and -0 kept.
     rows [M] int64: transpose q[rows] instead, -1 for a zero row (q is then [T, C]).
     target [M/128] fp32: take this power of two for S in each tile; it must not lie below the tile's row scales.
+    tiles [M/128] int32: skip tiles marked -1; what they hold stays undefined.
     Returns scale [M/128, C/128] (1x128 input) or [M/128, 1] (row input). Raises ValueError on fp32 scales, whose
     ratios are no powers of two, and on sizes that are not multiples of 128.
     """
@@ -386,17 +409,34 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None, target: Tens
     scales = q.scale.shape[0]
     out = QTensor(q.data.new_empty(C, M), q.scale.new_empty(M // BLOCK, scales))
     _scaling_aware_transpose_kernel[C // BLOCK, M // BLOCK](
-        _bytes(q.data), q.scale, rows, target, _bytes(out.data), out.scale, T, C, M, scales, BLOCK, num_warps=4)
+        _bytes(q.data), q.scale, rows, target, tiles, _bytes(out.data), out.scale, T, C, M, scales, BLOCK, num_warps=4)
     return out
 
 
+@triton.jit
+def _transpose_kernel(x, out, R, C, TILE: tl.constexpr):    # x [R, C] bf16, out [C, R]
+    """Grid (C/64, R/64). Reads 2RC, writes 2RC bytes."""
+    row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    col = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tile = tl.load(x + row[:, None] * C + col[None, :])
+    tl.store(out + col[:, None] * R + row[None, :], tl.trans(tile))
+
+
 def transpose(x: Tensor) -> Tensor:
-    """[R, C] -> [C, R] contiguous: the middle step of the requantizing transpose."""
-    return x.t().contiguous()
+    """[R, C] -> [C, R] contiguous, R and C multiples of 128: the middle step of the requantizing transpose.
+
+    A kernel of its own (PyTorch's copy runs at a fraction of the bandwidth), so that the naive recipe is no straw man.
+    """
+    if not use_kernels(x):
+        return x.t().contiguous()
+    _check_blocks("x", x, 0, 1)
+    (R, C), out = x.shape, x.new_empty(x.shape[::-1])
+    _transpose_kernel[C // 64, R // 64](x, out, R, C, 64, num_warps=4)
+    return out
 
 
-def expert_scale_ref(scale: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    s = torch.where(rows >= 0, scale[0, rows], SCALE_MIN)
+def expert_scale_ref(scale: Tensor, rows: Tensor | None, ends: Tensor) -> Tensor:
+    s = scale[0] if rows is None else torch.where(rows >= 0, scale[0, rows], SCALE_MIN)
     top = torch.full_like(s[::BLOCK], SCALE_MIN)
     for begin, end in zip([0, *ends.tolist()], ends.tolist()):
         top[begin // BLOCK:end // BLOCK] = s[begin:end].amax() if end > begin else SCALE_MIN
@@ -405,13 +445,15 @@ def expert_scale_ref(scale: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
 
 @triton.jit
 def _expert_scale_kernel(scale, rows, ends, top, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """Grid (E,). scale [T], rows [M] int64, ends [E] int32, top [M/128]."""
+    """Grid (E,). scale [T], rows [M] int64 or None, ends [E] int32, top [M/128]."""
     e = tl.program_id(0)
     begin, end = tl.load(ends + e - 1, mask=e > 0, other=0), tl.load(ends + e)
     largest = tl.zeros((CHUNK,), tl.float32)
     for at in range(begin, end, CHUNK):
         slot = at + tl.arange(0, CHUNK)
-        row = tl.load(rows + slot, mask=slot < end, other=-1)
+        row = tl.where(slot < end, slot, -1)
+        if rows is not None:
+            row = tl.load(rows + slot, mask=slot < end, other=-1)
         largest = tl.maximum(largest, tl.load(scale + row, mask=row >= 0, other=_SCALE_MIN))
     largest = tl.max(largest, 0)
     for at in range(begin // TILE, end // TILE, CHUNK):
@@ -419,14 +461,15 @@ def _expert_scale_kernel(scale, rows, ends, top, CHUNK: tl.constexpr, TILE: tl.c
         tl.store(top + tile, largest + tl.zeros((CHUNK,), tl.float32), mask=tile < end // TILE)
 
 
-def expert_scale(scale: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+def expert_scale(scale: Tensor, rows: Tensor | None, ends: Tensor) -> Tensor:
     """The largest row scale of each expert, written to each of its tiles: `target` for row granularity.
 
-    scale [1, T] fp32, rows [M] int64 (-1: padding), ends [E] int32 (end of each expert's slots) -> [M/128] fp32.
+    scale [1, T] fp32, rows [M] int64 (the row in each slot, -1: padding; None: slot i holds row i), ends [E] int32
+    (where each expert's slots end) -> [M/128] fp32; tiles past the last expert stay undefined.
     """
     if not use_kernels(scale):
         return expert_scale_ref(scale, rows, ends)
-    top = scale.new_empty(len(rows) // BLOCK)
+    top = scale.new_empty((scale.shape[1] if rows is None else len(rows)) // BLOCK)
     _expert_scale_kernel[len(ends),](scale, rows, ends, top, 2048, BLOCK)
     return top
 
@@ -442,7 +485,7 @@ def column_scale(x: Tensor, ends: Tensor, scales: str) -> Tensor:
     for e in range(len(ends)):
         mine = (tile >= begin[e]) & (tile < begin[e + 1])
         amax = torch.where(mine, torch.where(mine, amax, 0).amax(0), amax)
-    return torch.where(amax.isfinite(), scale_of(amax, scales)[0], torch.nan)
+    return given_scale(amax, scales)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,9 +520,9 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _swiglu_kernel(h, prob, a, scale, tile_expert,  # h [M, 2F] bf16, prob [M] fp32, a [M, F] uint8 or bf16, scale [F/COLS, M]
-                   M, F, QUANTIZE: tl.constexpr, POW2: tl.constexpr,
-                   ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr):
+def _swiglu_kernel(h, prob, a, scale, tile_expert,          # h [M, 2F] bf16, prob [M] fp32, a [M, F] uint8 or bf16
+                   M, F, QUANTIZE: tl.constexpr, POW2: tl.constexpr,  # scale [F/GROUP, M] fp32
+                   ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
     """Grid (M/ROWS, F/COLS). Reads 4MF, writes MF bytes (2MF unquantized)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -493,9 +536,9 @@ def _swiglu_kernel(h, prob, a, scale, tile_expert,  # h [M, 2F] bf16, prob [M] f
     p = tl.load(prob + row, mask=row < M, other=0.0)
     y = gate * _sigmoid(gate) * up * p[:, None]
     if QUANTIZE:
-        s, factor = _scale_of(_amax_bits(y, 1), POW2)
-        tl.store(scale + tl.program_id(1).to(tl.int64) * M + row, s, mask=row < M)
-        y = _encode(y * factor[:, None])
+        y, s = _quantize_groups(y, GROUP, POW2)
+        group = tl.program_id(1) * (COLS // GROUP) + tl.arange(0, COLS // GROUP)
+        tl.store(scale + group[None, :].to(tl.int64) * M + row[:, None], s, mask=(row < M)[:, None])
     tl.store(a + row[:, None] * F + col[None, :], y.to(a.dtype.element_ty), mask=live)
 
 
@@ -549,10 +592,12 @@ def _empty_q(like: Tensor, R: int, C: int, scales: str, granularity: str) -> QTe
 
 def _launch_swiglu(h, prob, tiles, a, scale, scales, granularity):
     M, width = h.shape[0], h.shape[1] // 2
-    cols = BLOCK if granularity == "block" else triton.next_power_of_2(width)
-    rows = max(1, 4096 // cols)
+    row = granularity == "row"
+    cols = triton.next_power_of_2(width) if row else math.gcd(width, 1024)
+    rows = max(1, 2048 // cols)
     _swiglu_kernel[triton.cdiv(M, rows), triton.cdiv(width, cols)](
-        h, prob, a, scale, tiles, M, width, scale is not None, scales == "pow2", rows, cols, BLOCK, num_warps=4)
+        h, prob, a, scale, tiles, M, width, scale is not None, scales == "pow2", rows, cols, cols if row else BLOCK, BLOCK,
+        num_warps=4)
 
 
 def swiglu(h: Tensor, prob: Tensor, tiles: Tensor | None = None) -> Tensor:
@@ -645,17 +690,16 @@ def gather_rows(x, rows: Tensor, tiles: Tensor | None = None):
     if not use_kernels(data):
         return gather_rows_ref(x, rows)
     (T, C), M = data.shape, len(rows)
-    cols = math.gcd(C, 2048 // data.element_size())                       # the largest power of two that divides C
+    cols, n_rows = math.gcd(C, 512), 32                     # gcd: the largest power of two up to 512 that divides C
     S = 0 if scale is None else len(scale)
     out, out_scale = data.new_empty(M, C), None if scale is None else scale.new_empty(S, M)
-    n_rows = 16
     _gather_rows_kernel[triton.cdiv(M, n_rows), C // cols](
         data, scale, rows, tiles, out, out_scale, T, C, M, S, n_rows, cols, cols // BLOCK, BLOCK, num_warps=8)
     return out if scale is None else QTensor(out.view(FP8), out_scale, x.scales)
 
 
 def sum_rows_ref(x: Tensor, slots: Tensor) -> Tensor:
-    return reduce(x[slots].float(), "t k c -> t c", "sum").to(x.dtype)
+    return sum(x[slot].float() for slot in slots.unbind(1)).to(x.dtype)
 
 
 @triton.jit

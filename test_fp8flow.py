@@ -313,7 +313,7 @@ def test_swiglu(M, width, scales, granularity):
 
     q = kernels.swiglu_quantize(h, prob, scales, granularity)
     qh, qprob, qa = kernels.swiglu_backward_quantize(da, h, prob, scales, granularity)
-    assert torch.equal(qprob, got_dprob) and same_bits(q, qa)           # backward recomputes the same codes
+    assert sqnr(qprob, dprob) > 110 and same_bits(q, qa)                # backward recomputes the same codes
     for got, exact in ((q, a), (qh, dh)):
         want = kernels.quantize_ref(exact.float(), scales, granularity)
         assert got.scale.shape == want.scale.shape

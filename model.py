@@ -1,0 +1,160 @@
+"""A small Mixture-of-Experts GPT over bytes. Nothing here knows about FP8: the experts come from fp8flow.
+
+Activations are bf16, master weights fp32, the router computes in fp32. Attention and the router stay what they are in
+every recipe; only `Experts` changes.
+
+Shapes: B sequences, S positions, D model width, T = B*S tokens, E experts, K experts per token.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from fp8flow import Experts, Recipe, make_plan
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Raises ValueError where the sizes cannot work together."""
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_expert: int
+    n_experts: int
+    top_k: int
+    seq_len: int
+    vocab: int = 256            # bytes
+
+    def __post_init__(self):
+        for name in ("d_model", "d_expert"):
+            if getattr(self, name) < 128 or getattr(self, name) % 128:
+                raise ValueError(f"{name}={getattr(self, name)} must be a positive multiple of 128, the FP8 block")
+        if not 1 <= self.top_k <= self.n_experts:
+            raise ValueError(f"top_k={self.top_k} must lie between 1 and n_experts={self.n_experts}")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
+        for name in ("n_layers", "n_heads", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class Linear(nn.Linear):
+    """fp32 master weight, computed in the dtype of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.RMSNorm):
+    """fp32 master weight, computed in the dtype of the input: PyTorch's fused kernel wants one dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.qkv = Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out = Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(rearrange(y, "b h s d -> b s (h d)"))
+
+
+class MoE(nn.Module):
+    """Router and experts. `load` [E] is each expert's share of the last batch, `balance` its load-balancing loss."""
+
+    def __init__(self, config: GPTConfig, recipe: Recipe):
+        super().__init__()
+        self.top_k, self.n_experts = config.top_k, config.n_experts
+        self.router = nn.Linear(config.d_model, config.n_experts, bias=False)
+        self.experts = Experts(config.n_experts, config.d_model, config.d_expert, recipe)
+        self.balance = self.load = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = rearrange(x, "b s d -> (b s) d")
+        scores = self.router(tokens.float()).softmax(-1)                    # [T, E] fp32
+        probs, chosen = scores.topk(self.top_k, dim=-1)                     # [T, K]
+        plan = make_plan(chosen, self.n_experts)
+        self.load = plan.counts / chosen.numel()
+        self.balance = self.n_experts * (self.load * scores.mean(0)).sum()  # 1 when the load is even (Switch, eq. 4)
+        y = self.experts(tokens, probs / probs.sum(-1, keepdim=True), plan)
+        return y.view_as(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, recipe: Recipe):
+        super().__init__()
+        self.norm1, self.attention = RMSNorm(config.d_model, eps=1e-6), Attention(config)
+        self.norm2, self.moe = RMSNorm(config.d_model, eps=1e-6), MoE(config, recipe)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.moe(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig, recipe: Recipe):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.d_model)
+        self.position = nn.Parameter(torch.zeros(config.seq_len, config.d_model))
+        self.blocks = nn.ModuleList(Block(config, recipe) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, eps=1e-6)
+        self.head = Linear(config.d_model, config.vocab, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:                                           # residual branches start small (GPT-2)
+            for weight in (block.attention.out.weight, block.moe.experts.w2):
+                nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** 0.5)
+            nn.init.normal_(block.moe.experts.w1, std=0.02)
+        nn.init.normal_(self.position, std=0.02)
+        self.cast_weights()
+
+    @property
+    def moes(self) -> list[MoE]:
+        return [block.moe for block in self.blocks]
+
+    def cast_weights(self) -> None:
+        """Write the experts' weights in the precision of the recipe: after every optimizer step and every load."""
+        for moe in self.moes:
+            moe.experts.cast_weights()
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None):
+        """tokens [B, S] int64 -> logits [B, S, vocab] bf16; with targets, the mean cross-entropy in nats (fp32)."""
+        x = (self.embed(tokens) + self.position[:tokens.shape[1]]).bfloat16()
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def balance_loss(self) -> Tensor:
+        """The mean load-balancing loss of the last forward pass over the layers: 1 is even."""
+        return torch.stack([moe.balance for moe in self.moes]).mean()
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """(all, active for one token)."""
+        total = sum(p.numel() for p in self.parameters())
+        experts = sum(p.numel() for moe in self.moes for p in moe.experts.parameters())
+        return total, total - experts + experts * self.config.top_k // self.config.n_experts
+
+    @torch.no_grad()
+    def generate(self, prompt: bytes, n: int, seed: int = 0, temperature: float = 0.8) -> bytes:
+        """Continue `prompt` by n sampled bytes. Runs the whole window each step: simple, and short enough here."""
+        device = self.position.device
+        rng = torch.Generator().manual_seed(seed)
+        text = list(prompt)
+        for _ in range(n):
+            window = torch.tensor([text[-self.config.seq_len:]], device=device)
+            scores = self(window)[0, -1].float().cpu() / temperature
+            text.append(int(torch.multinomial(scores.softmax(-1), 1, generator=rng)))
+        return bytes(text)

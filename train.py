@@ -1,0 +1,375 @@
+"""Train a small MoE GPT on text, in one recipe or in several on the same seed and batches (--compare).
+
+    python train.py --compare                               bf16, naive, flow, flow-row: one table, OUT/compare.csv
+    python train.py --recipe flow --swiglu unfused          one run with a switch flipped
+
+Default data: the Python standard library's own source, bytes as tokens. Everything a run writes goes under --out:
+RECIPE/log.csv (a row a step), RECIPE/model.pt (the fp32 weights), RECIPE/sample.txt, and for --compare compare.csv
+and loss.png.
+"""
+import argparse
+import csv
+import gc
+import hashlib
+import math
+import sys
+import sysconfig
+import time
+import zlib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+
+import kernels
+from fp8flow import CHOICES, RECIPES, Recipe, count_casts, switch
+from model import GPT, GPTConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_expert: int
+    n_experts: int
+    top_k: int
+    seq_len: int
+    batch: int              # sequences a micro-batch
+    accumulate: int         # micro-batches a step
+    steps: int
+    lr: float
+    val_every: int          # steps
+    val_batches: int        # micro-batches
+
+    @property
+    def config(self) -> GPTConfig:
+        return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig) if hasattr(self, f.name)})
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.accumulate * self.seq_len
+
+
+PRESETS = {
+    "tiny": Preset(n_layers=2, d_model=128, n_heads=4, d_expert=128, n_experts=4, top_k=2, seq_len=128, batch=8,
+                   accumulate=1, steps=400, lr=3e-3, val_every=100, val_batches=8),
+    "h100": Preset(n_layers=3, d_model=2048, n_heads=16, d_expert=2048, n_experts=16, top_k=4, seq_len=1024, batch=16,
+                   accumulate=2, steps=300, lr=4e-4, val_every=50, val_batches=8),
+}
+BALANCE, CLIP, WARMUP = 0.01, 1.0, 0.1      # load-balancing weight, largest gradient norm, share of the steps
+LOG_EVERY = 10                              # steps between reads of the loss from the device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+def read_corpus(path: str | None) -> tuple[list[tuple[str, bytes]], str]:
+    """[(name, bytes)] of a file, of a folder's text files, or of the standard library's source; and what it is."""
+    if path is None:
+        root, pattern, what = Path(sysconfig.get_paths()["stdlib"]), "*.py", "the Python standard library's source"
+    else:
+        root, pattern, what = Path(path), "*", path
+        if not root.exists():
+            raise ValueError(f"--data {path!r} does not exist: name a text file or a folder of them")
+    names = [root] if root.is_file() else sorted(
+        p for p in root.rglob(pattern) if p.is_file()
+        and not any(part.startswith(".") or part in ("site-packages", "dist-packages") for part in p.relative_to(root).parts))
+    files = []
+    for name in names:
+        try:
+            text = name.read_bytes()
+        except OSError as error:
+            raise ValueError(f"--data: cannot read {str(name)!r} ({error.strerror}); name files you may read") from None
+        if text and (root.is_file() or b"\0" not in text):          # a folder's binary files are no text
+            files.append((str(name.relative_to(root)) if name != root else name.name, text))
+    if not files:
+        raise ValueError(f"--data {str(root)!r} holds no text: name a text file or a folder of them")
+    return files, what
+
+
+def split_corpus(files: list[tuple[str, bytes]], seq_len: int) -> tuple[Tensor, Tensor, str]:
+    """(train, validation) as uint8 vectors, and how they were split: whole files held out, by the hash of their name;
+    with fewer than 20 files, the last tenth of each."""
+    if len(files) >= 20:
+        held_out = [zlib.crc32(name.encode()) % 20 == 0 for name, _ in files]
+        train = b"".join(text for (_, text), held in zip(files, held_out) if not held)
+        val = b"".join(text for (_, text), held in zip(files, held_out) if held)
+        how = f"{sum(held_out)} of {len(files)} files held out"
+    else:
+        cuts = [len(text) * 9 // 10 for _, text in files]
+        train = b"".join(text[:cut] for (_, text), cut in zip(files, cuts))
+        val = b"".join(text[cut:] for (_, text), cut in zip(files, cuts))
+        how = f"the last tenth of each of {len(files)} file(s) held out"
+    for name, text in (("training", train), ("validation", val)):
+        if len(text) <= seq_len:
+            raise ValueError(f"--data is too short: {len(text)} bytes for {name}, one sequence needs seq_len + 1 = "
+                             f"{seq_len + 1}; give more text or a smaller --seq-len")
+    return *(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in (train, val)), how
+
+
+def batch_of(text: Tensor, starts: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    window = text[starts[:, None] + torch.arange(seq_len + 1, device=text.device)].long()
+    return window[:, :-1], window[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one run
+
+def learning_rate(step: int, preset: Preset) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    warmup = max(1, round(WARMUP * preset.steps))
+    if step < warmup:
+        return preset.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, preset.steps - warmup)
+    return preset.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def validate(model: GPT, text: Tensor, preset: Preset) -> float:
+    """Mean loss in nats a byte over windows spread evenly over the held-out text: the same ones every time."""
+    starts = torch.linspace(0, len(text) - preset.seq_len - 1, preset.val_batches * preset.batch).long().to(text.device)
+    losses = [model(*batch_of(text, s, preset.seq_len)) for s in starts.split(preset.batch)]
+    return torch.stack(losses).mean().item()
+
+
+def describe(model: GPT, preset: Preset, recipe: Recipe) -> None:
+    total, active = model.parameter_counts()
+    flops = 6 * active + 6 * preset.n_layers * preset.d_model * preset.seq_len
+    print("  " + ", ".join(f"{k}={v}" for k, v in asdict(preset).items()))
+    print("  " + ", ".join(f"{k}={v}" for k, v in asdict(recipe).items()))
+    print(f"  {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token, {flops / 1e6:.0f} MFLOP a token, "
+          f"{preset.tokens_per_step} tokens a step")
+
+
+class Clock:
+    """Seconds spent training: stopped during validation, honest about queued GPU work."""
+
+    def __init__(self, device: str):
+        self.device, self.seconds, self.started = device, 0.0, None
+
+    def start(self) -> None:
+        self.sync()
+        self.started = time.perf_counter()
+
+    def stop(self) -> float:
+        """Seconds since start."""
+        self.sync()
+        elapsed = time.perf_counter() - self.started
+        self.seconds += elapsed
+        return elapsed
+
+    def sync(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def train(name: str, recipe: Recipe, preset: Preset, train_text: Tensor, val_text: Tensor, args) -> dict:
+    """Train one model; write its log, weights and a sample; return its row of compare.csv."""
+    print(f"\n{name}")
+    torch.manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(args.seed)
+    model = GPT(preset.config, recipe).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=preset.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    describe(model, preset, recipe)
+
+    def micro_batch(rng) -> Tensor:
+        starts = torch.randint(len(train_text) - preset.seq_len, (preset.batch,), generator=rng)
+        loss = model(*batch_of(train_text, starts.to(args.device, non_blocking=True), preset.seq_len))
+        ((loss + BALANCE * model.balance_loss()) / preset.accumulate).backward()
+        return loss.detach()
+
+    model.cast_weights()
+    with count_casts() as ledger:                                   # measured on a step that trains nothing
+        micro_batch(torch.Generator().manual_seed(0))
+    optimizer.zero_grad()
+    casts = len(ledger) // preset.n_layers                          # the layers are alike
+    print(f"  {casts} explicit casts a layer: " + (", ".join(dict.fromkeys(f"{c.kind}({c.tensor})" for c in ledger)) or "none"))
+
+    out = Path(args.out) / name
+    out.mkdir(parents=True, exist_ok=True)
+    loads = [f"load_{e}" for e in range(preset.n_experts)]
+    columns = ["step", "loss", "val_loss", "tokens_per_s", "lr", "grad_norm", "balance", *loads]
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    clock, pending, steps_done = Clock(args.device), [], 0
+    timed_from, val_loss, warm_seconds = min(LOG_EVERY, preset.steps // 2), math.nan, 0.0
+    log_file = open(out / "log.csv", "w", newline="")
+    log = csv.writer(log_file)
+    log.writerow(columns)
+    bar = tqdm(total=preset.steps, desc=name, unit="step", dynamic_ncols=True)
+    try:
+        clock.start()
+        for step in range(preset.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, preset)
+            loss = torch.stack([micro_batch(rng) for _ in range(preset.accumulate)]).mean()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            model.cast_weights()                                    # once per optimizer step
+            load = torch.stack([moe.load for moe in model.moes]).mean(0)
+            pending.append((step, torch.cat([torch.stack([loss, norm, model.balance_loss().detach()]), load])))
+            bar.update()
+            last = step == preset.steps - 1
+            if not (last or (step + 1) % LOG_EVERY == 0 or step + 1 == timed_from):
+                continue
+            speed = len(pending) * preset.tokens_per_step / clock.stop()
+            steps_done = step + 1
+            if steps_done == timed_from:
+                warm_seconds = clock.seconds
+            if last or steps_done % preset.val_every == 0:
+                val_loss = validate(model, val_text, preset)
+            val_at = {step: val_loss} if last or steps_done % preset.val_every == 0 else {}
+            for at, values in pending:
+                loss, norm, balance, *load = values.tolist()
+                log.writerow([at, f"{loss:.6f}", f"{val_at.get(at, math.nan):.6f}", f"{speed:.1f}",
+                              f"{learning_rate(at, preset):.3e}", f"{norm:.4f}", f"{balance:.4f}",
+                              *(f"{share:.4f}" for share in load)])
+            log_file.flush()
+            pending.clear()
+            bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}", tok_s=f"{speed:,.0f}")
+            if not math.isfinite(loss):
+                raise SystemExit(f"train.py: the loss of {name} is {loss} at step {step}: lower --lr or use coarser steps; "
+                                 f"the log is in {out / 'log.csv'}")
+            clock.start()
+    finally:                                                        # also on Ctrl-C: what was trained is on disk
+        bar.close()
+        log_file.close()
+        torch.save({"config": asdict(preset.config), "recipe": asdict(recipe), "step": steps_done,
+                    "model": model.state_dict()}, out / "model.pt")
+    timed = preset.steps - timed_from
+    row = dict(recipe=name, casts=casts, val_loss=val_loss,
+               tokens_per_s=timed * preset.tokens_per_step / (clock.seconds - warm_seconds),
+               peak_mem_gb=torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else math.nan)
+    sample = model.generate(b"def ", 200, args.seed).decode("utf-8", "replace")
+    (out / "sample.txt").write_text(sample)
+    print(f"  val loss {val_loss:.4f}, {row['tokens_per_s']:,.0f} tokens/s; written to {out}\n  sample: {sample!r}")
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# comparison
+
+HEADER = ["recipe", "casts", "val_loss", "delta_pct", "tokens_per_s", "speedup", "peak_mem_gb"]
+
+
+def table(rows: list[dict]) -> list[list[str]]:
+    """compare.csv's cells; delta and speed-up are against bf16, nan where it did not run."""
+    base = next((r for r in rows if r["recipe"] == "bf16"), dict(val_loss=math.nan, tokens_per_s=math.nan))
+    return [[r["recipe"], str(r["casts"]), f"{r['val_loss']:.4f}",
+             f"{100 * (r['val_loss'] / base['val_loss'] - 1):+.3f}", f"{r['tokens_per_s']:.0f}",
+             f"{r['tokens_per_s'] / base['tokens_per_s']:.3f}", f"{r['peak_mem_gb']:.2f}"] for r in rows]
+
+
+def compare(names: list[str], preset: Preset, train_text: Tensor, val_text: Tensor, args) -> None:
+    rows, out = [], Path(args.out)
+    for name in names:
+        rows.append(train(name, replace(RECIPES[name], recompute=args.recompute), preset, train_text, val_text, args))
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        with open(out / "compare.csv", "w", newline="") as file:    # after each recipe: an interrupted run keeps its rows
+            csv.writer(file).writerows([HEADER, *table(rows)])
+    print()
+    for cells in [HEADER, *table(rows)]:
+        print("  ".join(f"{cell:>12}" for cell in cells))
+    print(f"\nwritten to {out / 'compare.csv'}")
+    draw_losses(names, out)
+
+
+def draw_losses(names: list[str], out: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no loss.png: `pip install matplotlib` draws the loss curves")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in names:
+        with open(out / name / "log.csv") as file:
+            rows = list(csv.DictReader(file))
+        axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], label=name, linewidth=1)
+    axes.set(xlabel="step", ylabel="training loss (nats a byte)")
+    axes.legend()
+    figure.savefig(out / "loss.png", dpi=150)
+    plt.close(figure)
+    print(f"written to {out / 'loss.png'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+
+def interval(text: str) -> int | None:
+    return None if text == "never" else int(text)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a small MoE GPT in BF16, naive FP8 or casting-free FP8.")
+    parser.add_argument("--recipe", choices=RECIPES, help="what to train (default: flow)")
+    parser.add_argument("--compare", nargs="*", choices=[*RECIPES, []], metavar="RECIPE",
+                        help="train these recipes (default: all) one after the other on the same seed and batches")
+    parser.add_argument("--preset", choices=PRESETS, help="default: h100 with a GPU, tiny without")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--data", metavar="PATH", help="a text file or folder (default: the Python standard library's source)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="out", metavar="DIR", help="everything a run writes; an earlier run's files are replaced")
+    switches = parser.add_argument_group("switches of the recipe")
+    for name, choices in CHOICES.items():
+        switches.add_argument(f"--{name}", choices=choices, default=argparse.SUPPRESS)
+    switches.add_argument("--promote", type=interval, default=argparse.SUPPRESS, metavar="N|never",
+                          help="elements between promotions to the fp32 accumulator (row granularity; default there: 512)")
+    switches.add_argument("--recompute", action="store_true", help="save only X and the routing, run fc1 again in backward")
+    sizes = parser.add_argument_group("sizes, over those of the preset")
+    for field in fields(Preset):
+        sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+
+    flipped = {name: getattr(args, name) for name in (*CHOICES, "promote") if hasattr(args, name)}
+    if args.compare is not None and (args.recipe or flipped):
+        parser.error(f"--compare trains recipes as they are: drop {'--recipe' if args.recipe else '--' + next(iter(flipped))}, "
+                     "or drop --compare")
+    if flipped and args.recipe == "bf16":
+        parser.error(f"--{next(iter(flipped))} is a switch of the FP8 dataflow: use it with --recipe naive, flow or flow-row")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    preset = PRESETS[args.preset or ("h100" if args.device == "cuda" else "tiny")]
+    preset = replace(preset, **{f.name: getattr(args, f.name) for f in fields(Preset) if hasattr(args, f.name)})
+    for name in ("batch", "accumulate", "steps", "val_every", "val_batches"):
+        if getattr(preset, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(preset, name)} must be at least 1")
+    if not preset.lr > 0:
+        parser.error(f"--lr {preset.lr} must be positive")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        parser.error(f"--out {args.out!r} is a file: name a folder")
+    try:
+        recipe = switch(RECIPES[args.recipe or "flow"], recompute=args.recompute, **flipped)
+        preset.config
+        files, what = read_corpus(args.data)
+        train_text, val_text, how = split_corpus(files, preset.seq_len)
+    except ValueError as error:
+        parser.error(str(error))
+    digest = hashlib.sha256(b"".join(text for _, text in files)).hexdigest()[:12]
+    print(f"data: {what}, {sum(len(text) for _, text in files):,} bytes, sha256 {digest}, {how}")
+    return args, recipe, preset, train_text, val_text
+
+
+def main(argv=None) -> None:
+    args, recipe, preset, train_text, val_text = parse_args(argv)
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, triton {triton.__version__}, {machine}: "
+          f"{'Triton kernels' if kernels.use_kernels(torch.empty(0, device=args.device)) else 'PyTorch twins (same numbers, slow)'}")
+    texts = train_text.to(args.device), val_text.to(args.device)
+    if args.compare is not None:
+        compare(args.compare or list(RECIPES), preset, *texts, args)
+    else:
+        train(args.recipe or "flow", recipe, preset, *texts, args)
+
+
+if __name__ == "__main__":
+    main()

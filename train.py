@@ -145,6 +145,37 @@ def describe(model: GPT, preset: Preset, recipe: Recipe) -> None:
           f"{preset.tokens_per_step} tokens a step")
 
 
+class Log:
+    """log.csv, a row a step. Numbers stay on the device until `flush`: reading one would wait for the GPU."""
+
+    def __init__(self, path: Path, preset: Preset):
+        self.preset, self.file, self.steps, self.pending = preset, open(path, "w", newline=""), 0, []
+        self.writer = csv.writer(self.file)
+        self.writer.writerow(["step", "loss", "val_loss", "tokens_per_s", "lr", "grad_norm", "balance",
+                              *(f"load_{e}" for e in range(preset.n_experts))])
+
+    def add(self, step: int, loss: Tensor, norm: Tensor, model: GPT) -> None:
+        load = torch.stack([moe.load for moe in model.moes]).mean(0)            # each expert's share, mean over layers
+        self.pending.append((step, torch.cat([torch.stack([loss, norm, model.balance_loss().detach()]), load])))
+        self.steps = step + 1
+
+    def flush(self, seconds: float, val_loss: float) -> tuple[float, float]:
+        """Write the pending steps, which took `seconds`, and the loss validated after the last; (loss, tokens/s)."""
+        loss, speed = math.nan, len(self.pending) * self.preset.tokens_per_step / seconds
+        for step, values in self.pending:
+            loss, norm, balance, *load = values.tolist()
+            val = val_loss if step == self.steps - 1 else math.nan
+            self.writer.writerow([step, f"{loss:.6f}", f"{val:.6f}", f"{speed:.1f}", f"{learning_rate(step, self.preset):.3e}",
+                                  f"{norm:.4f}", f"{balance:.4f}", *(f"{share:.4f}" for share in load)])
+        self.file.flush()
+        self.pending.clear()
+        return loss, speed
+
+    def close(self) -> None:
+        self.flush(math.inf, math.nan)                                          # steps cut short: no speed to report
+        self.file.close()
+
+
 class Clock:
     """Seconds spent training: stopped during validation, honest about queued GPU work."""
 
@@ -191,15 +222,10 @@ def train(name: str, recipe: Recipe, preset: Preset, train_text: Tensor, val_tex
 
     out = Path(args.out) / name
     out.mkdir(parents=True, exist_ok=True)
-    loads = [f"load_{e}" for e in range(preset.n_experts)]
-    columns = ["step", "loss", "val_loss", "tokens_per_s", "lr", "grad_norm", "balance", *loads]
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    clock, pending, steps_done = Clock(args.device), [], 0
-    timed_from, val_loss, warm_seconds = min(LOG_EVERY, preset.steps // 2), math.nan, 0.0
-    log_file = open(out / "log.csv", "w", newline="")
-    log = csv.writer(log_file)
-    log.writerow(columns)
+    clock, log, val_loss = Clock(args.device), Log(out / "log.csv", preset), math.nan
+    timed_from, warm_seconds = min(LOG_EVERY, preset.steps // 2), 0.0
     bar = tqdm(total=preset.steps, desc=name, unit="step", dynamic_ncols=True)
     try:
         clock.start()
@@ -211,35 +237,27 @@ def train(name: str, recipe: Recipe, preset: Preset, train_text: Tensor, val_tex
             optimizer.step()
             optimizer.zero_grad()
             model.cast_weights()                                    # once per optimizer step
-            load = torch.stack([moe.load for moe in model.moes]).mean(0)
-            pending.append((step, torch.cat([torch.stack([loss, norm, model.balance_loss().detach()]), load])))
+            log.add(step, loss, norm, model)
             bar.update()
-            last = step == preset.steps - 1
-            if not (last or (step + 1) % LOG_EVERY == 0 or step + 1 == timed_from):
+            done, last = step + 1, step + 1 == preset.steps
+            if not (last or done % LOG_EVERY == 0 or done % preset.val_every == 0 or done == timed_from):
                 continue
-            speed = len(pending) * preset.tokens_per_step / clock.stop()
-            steps_done = step + 1
-            if steps_done == timed_from:
+            elapsed = clock.stop()
+            if done == timed_from:
                 warm_seconds = clock.seconds
-            if last or steps_done % preset.val_every == 0:
+            validated = last or done % preset.val_every == 0
+            if validated:
                 val_loss = validate(model, val_text, preset)
-            val_at = {step: val_loss} if last or steps_done % preset.val_every == 0 else {}
-            for at, values in pending:
-                loss, norm, balance, *load = values.tolist()
-                log.writerow([at, f"{loss:.6f}", f"{val_at.get(at, math.nan):.6f}", f"{speed:.1f}",
-                              f"{learning_rate(at, preset):.3e}", f"{norm:.4f}", f"{balance:.4f}",
-                              *(f"{share:.4f}" for share in load)])
-            log_file.flush()
-            pending.clear()
+            loss, speed = log.flush(elapsed, val_loss if validated else math.nan)
             bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}", tok_s=f"{speed:,.0f}")
             if not math.isfinite(loss):
-                raise SystemExit(f"train.py: the loss of {name} is {loss} at step {step}: lower --lr or use coarser steps; "
-                                 f"the log is in {out / 'log.csv'}")
+                raise SystemExit(f"train.py: the loss of {name} is {loss} at step {step}: lower --lr; "
+                                 f"the steps before are in {out / 'log.csv'}")
             clock.start()
     finally:                                                        # also on Ctrl-C: what was trained is on disk
         bar.close()
-        log_file.close()
-        torch.save({"config": asdict(preset.config), "recipe": asdict(recipe), "step": steps_done,
+        log.close()
+        torch.save({"config": asdict(preset.config), "recipe": asdict(recipe), "step": log.steps,
                     "model": model.state_dict()}, out / "model.pt")
     timed = preset.steps - timed_from
     row = dict(recipe=name, casts=casts, val_loss=val_loss,

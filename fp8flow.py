@@ -276,7 +276,7 @@ class FP8Experts(torch.autograd.Function):
 
 
 def gemm(a: QTensor, w: QTensor, plan: Plan, recipe: Recipe) -> Tensor:
-    return kernels.grouped_gemm(a, w, plan.tile_expert, recipe.granularity, recipe.promote)
+    return kernels.grouped_gemm(a, w, plan.tile_expert, plan.ends, recipe.granularity, recipe.promote)
 
 
 def wgrad(a: QTensor, b: QTensor, plan: Plan, recipe: Recipe, dtype: torch.dtype) -> Tensor:

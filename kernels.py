@@ -308,7 +308,9 @@ def _quantize_weight_kernel(w, data, scale, data_t, scale_t,  # [E, N, K] fp32 -
     else:
         s, factor = _scale_of(tl.max(_amax_bits(tile, 1), 0), POW2)
         codes = _encode(tile * factor)
-        codes_t = codes
+        # The same codes by another route (halving and doubling are exact). Where both stores share one conversion,
+        # ptxas 12.9 corrupts the transposed one (github.com/triton-lang/triton/issues/11111).
+        codes_t = _encode(tile * (factor * 0.5) * 2.0)
         blocks = e * (N // TILE) * (K // TILE)
         tl.store(scale + blocks + tl.program_id(1) * (N // TILE) + tl.program_id(0), s)
         tl.store(scale_t + blocks + tl.program_id(0) * (K // TILE) + tl.program_id(1), s)
@@ -415,7 +417,7 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None, target: Tens
 
 @triton.jit
 def _transpose_kernel(x, out, R, C, TILE: tl.constexpr):    # x [R, C] bf16, out [C, R]
-    """Grid (C/64, R/64). Reads 2RC, writes 2RC bytes."""
+    """Grid (C/128, R/128). Reads 2RC, writes 2RC bytes."""
     row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     col = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     tile = tl.load(x + row[:, None] * C + col[None, :])
@@ -431,7 +433,7 @@ def transpose(x: Tensor) -> Tensor:
         return x.t().contiguous()
     _check_blocks("x", x, 0, 1)
     (R, C), out = x.shape, x.new_empty(x.shape[::-1])
-    _transpose_kernel[C // 64, R // 64](x, out, R, C, 64, num_warps=4)
+    _transpose_kernel[C // BLOCK, R // BLOCK](x, out, R, C, BLOCK, num_warps=8)
     return out
 
 
@@ -593,7 +595,7 @@ def _empty_q(like: Tensor, R: int, C: int, scales: str, granularity: str) -> QTe
 def _launch_swiglu(h, prob, tiles, a, scale, scales, granularity):
     M, width = h.shape[0], h.shape[1] // 2
     row = granularity == "row"
-    cols = triton.next_power_of_2(width) if row else math.gcd(width, 1024)
+    cols = triton.next_power_of_2(width) if row else math.gcd(width, 2048)
     rows = max(1, 2048 // cols)
     _swiglu_kernel[triton.cdiv(M, rows), triton.cdiv(width, cols)](
         h, prob, a, scale, tiles, M, width, scale is not None, scales == "pow2", rows, cols, cols if row else BLOCK, BLOCK,
@@ -750,7 +752,7 @@ def grouped_wgrad_ref(a: QTensor, b: QTensor, ends: Tensor, dtype: torch.dtype =
 
 @triton.jit
 def _load_scale(scale, row, limit, PER_SCALE: tl.constexpr, SIZE: tl.constexpr, AXIS: tl.constexpr):
-    """Scales of rows [row, row + SIZE): one number where they share it, else a vector along AXIS of the tile."""
+    """Scales of rows [row, row + SIZE) below limit: one number where they share it, else a vector along AXIS of the tile."""
     if PER_SCALE >= SIZE:
         return tl.load(scale + row // PER_SCALE)
     else:
@@ -772,10 +774,16 @@ def _accumulate(a, b, row_a, row_b, begin, end,                     # TMA descri
     """
     acc = tl.zeros((BM, BN), tl.float32)
     if PER_STEP:
+        # The scales are loaded a step ahead and multiplied in their own step: multiplied where they are loaded, the
+        # compiler puts the wait for them between two MMA instructions.
+        sa = _load_scale(a_scale + begin * (a_rows // A_PER), scale_row_a, a_rows, A_PER, BM, 0)
+        sb = _load_scale(b_scale + begin * (b_rows // B_PER), scale_row_b, b_rows, B_PER, BN, 1)
         for k in range(begin, end):
-            sa = _load_scale(a_scale + k * (a_rows // A_PER), scale_row_a, a_rows, A_PER, BM, 0)
-            sb = _load_scale(b_scale + k * (b_rows // B_PER), scale_row_b, b_rows, B_PER, BN, 1)
+            ahead = tl.minimum(k + 1, end - 1)
+            next_sa = _load_scale(a_scale + ahead * (a_rows // A_PER), scale_row_a, a_rows, A_PER, BM, 0)
+            next_sb = _load_scale(b_scale + ahead * (b_rows // B_PER), scale_row_b, b_rows, B_PER, BN, 1)
             acc += tl.dot(a.load([row_a, k * BK]), b.load([row_b, k * BK]).T) * (sa * sb)
+            sa, sb = next_sa, next_sb
     else:
         partial = tl.zeros((BM, BN), tl.float32)
         for k in range(begin, end):
@@ -801,20 +809,19 @@ def _tile_of(tile, m_tiles, n_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _grouped_gemm_kernel(a, b, out, a_scale, b_scale, tile_expert,  # a [M, K], b [E*N, K], out [M, N]: descriptors
-                         M, N, K, A_PER: tl.constexpr, B_PER: tl.constexpr, PER_STEP: tl.constexpr,
+def _grouped_gemm_kernel(a, b, out, a_scale, b_scale, tile_expert, ends,  # a [M, K], b [E*N, K], out [M, N]: descriptors
+                         M, N, K, E, A_PER: tl.constexpr, B_PER: tl.constexpr, PER_STEP: tl.constexpr,
                          PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                          GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Grid (multiprocessors,), persistent over (m tiles, n tiles). fprop: X W^T; dgrad: dY (W^T)^T."""
-    m_tiles, n_tiles, steps = M // BM, tl.cdiv(N, BN), K // BK
+    """Grid (multiprocessors,), persistent over (used m tiles, n tiles). fprop: X W^T; dgrad: dY (W^T)^T."""
+    m_tiles, n_tiles, steps = tl.load(ends + E - 1) // BM, tl.cdiv(N, BN), K // BK
     for tile in range(tl.program_id(0), m_tiles * n_tiles, PROGRAMS):
         m, n = _tile_of(tile, m_tiles, n_tiles, GROUP)
         e = tl.load(tile_expert + m)
-        if e >= 0:
-            w_scale = b_scale + e * (N // B_PER) * (steps if PER_STEP else 1)
-            acc = _accumulate(a, b, m * BM, e * N + n * BN, 0, steps, a_scale, w_scale, m * BM, n * BN, M, N,
-                              A_PER, B_PER, PER_STEP, PROMOTE, BM, BN, BK)
-            out.store([m * BM, n * BN], acc.to(out.dtype))
+        w_scale = b_scale + e * (N // B_PER) * (steps if PER_STEP else 1)
+        acc = _accumulate(a, b, m * BM, e * N + n * BN, 0, steps, a_scale, w_scale, m * BM, n * BN, M, N,
+                          A_PER, B_PER, PER_STEP, PROMOTE, BM, BN, BK)
+        out.store([m * BM, n * BN], acc.to(out.dtype))
 
 
 @triton.jit
@@ -832,7 +839,10 @@ def _grouped_wgrad_kernel(a, b, out, a_scale, b_scale, ends,        # a [M, slot
         acc = _accumulate(a, b, m * BM, n * BN, begin, end, a_scale + first * (M // A_PER),
                           b_scale + first * (N // B_PER), m * BM, n * BN, M, N,
                           A_PER, B_PER, PER_STEP, PROMOTE, BM, BN, BK)
-        out.store([e * M + m * BM, n * BN], acc.to(out.dtype))
+        # stored in two halves: a whole fp32 tile would not fit beside the pipeline's buffers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        out.store([e * M + m * BM, n * BN], left.to(out.dtype))
+        out.store([e * M + m * BM, n * BN + BN // 2], right.to(out.dtype))
 
 
 def _gemm_config(per_step: bool, promote: int | None) -> dict:
@@ -842,7 +852,7 @@ def _gemm_config(per_step: bool, promote: int | None) -> dict:
     return dict(BM=128, BN=256, num_warps=8, num_stages=3)
 
 
-def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, index: Tensor, sizes, granularity, promote) -> Tensor:
+def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, out_block, pointers, sizes, granularity, promote) -> Tensor:
     _check_choice("granularity", granularity, ("block", "row"))
     if promote is not None and (promote < BLOCK or promote % BLOCK):
         raise ValueError(f"promote={promote} is no interval: give a multiple of {BLOCK}, or None for never")
@@ -854,25 +864,26 @@ def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, index: Tensor, siz
     programs, tma = _programs(out.device), TensorDescriptor.from_tensor
     kernel[programs,](
         tma(a.data, [config["BM"], BLOCK]), tma(b.data.flatten(0, -2), [config["BN"], BLOCK]),
-        tma(out.flatten(0, -2), [config["BM"], config["BN"]]), a.scale, b.scale, index, *sizes,
+        tma(out.flatten(0, -2), out_block(config["BM"], config["BN"])), a.scale, b.scale, *pointers, *sizes,
         A_PER=a.rows_per_scale, B_PER=b.rows_per_scale, PER_STEP=per_step, PROMOTE=(promote or 0) // BLOCK,
         BK=BLOCK, GROUP=8, PROGRAMS=programs, **config)
     return out
 
 
-def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, granularity: str = "block",
+def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor, granularity: str = "block",
                  promote: int | None = BLOCK) -> Tensor:
     """out[rows of expert e] = a[rows of e] @ b[e]^T: fprop with W, dgrad with W^T.
 
     a [M, K] in 1x128 blocks or rows, b [E, N, K] in 128x128 blocks or rows -> [M, N] bf16; M, N, K multiples of 128.
-    tile_expert [M/128] int32: the expert of each row tile, -1 for none (its rows stay undefined).
+    tile_expert [M/128] int32: the expert of each row tile, -1 past the last one (those rows stay undefined).
+    ends [E] int32: where each expert's rows end.
     promote: elements of K between promotions to the fp32 accumulator, None for never; with "block" it is 128.
     """
     if not use_kernels(a.data):
         return grouped_gemm_ref(a, b, tile_expert)
-    (M, K), N = a.shape, b.shape[1]
-    return _launch_gemm(_grouped_gemm_kernel, a, b, a.scale.new_empty(M, N, dtype=torch.bfloat16), tile_expert,
-                        (M, N, K), granularity, promote)
+    (M, K), (E, N, _) = a.shape, b.shape
+    return _launch_gemm(_grouped_gemm_kernel, a, b, a.scale.new_empty(M, N, dtype=torch.bfloat16),
+                        lambda BM, BN: [BM, BN], (tile_expert, ends), (M, N, K, E), granularity, promote)
 
 
 def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, granularity: str = "block", promote: int | None = BLOCK,
@@ -886,5 +897,5 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, granularity: str = "bloc
     if not use_kernels(a.data):
         return grouped_wgrad_ref(a, b, ends, dtype)
     M, N, E = a.shape[0], b.shape[0], len(ends)
-    return _launch_gemm(_grouped_wgrad_kernel, a, b, a.scale.new_empty(E, M, N, dtype=dtype), ends,
-                        (M, N, E), granularity, promote)
+    return _launch_gemm(_grouped_wgrad_kernel, a, b, a.scale.new_empty(E, M, N, dtype=dtype),
+                        lambda BM, BN: [BM, BN // 2], (ends,), (M, N, E), granularity, promote)

@@ -347,3 +347,145 @@ class Experts(nn.Module):
             raise RuntimeError("the expert weights were never cast: call cast_weights() after each change of the weights")
         layer = FP8Experts if self.recipe.precision == "fp8" else BF16Experts
         return layer.apply(x, probs, self.w1, self.w2, *self.casts, plan, self.recipe)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python fp8flow.py: the ledger and the double-quantization table anywhere, the time of the layer on a GPU
+
+def random_layer(T: int, D: int, width: int, E: int, K: int, device, dtype=torch.float32):
+    """(x, probs, plan, w1, w2, dout) of a layer with random routing; x, probs and the weights want gradients."""
+    torch.manual_seed(0)
+    scores, chosen = torch.rand(T, E, device=device).softmax(-1).topk(K, dim=-1)
+    probs = (scores / scores.sum(-1, keepdim=True)).requires_grad_()
+    x = torch.randn(T, D, device=device, dtype=torch.bfloat16).requires_grad_()
+    w1 = (torch.randn(E, 2 * width, D, device=device, dtype=dtype) * D ** -0.5).requires_grad_()
+    w2 = (torch.randn(E, D, width, device=device, dtype=dtype) * width ** -0.5).requires_grad_()
+    return x, probs, make_plan(chosen, E), w1, w2, torch.randn_like(x)
+
+
+class Layer:
+    """One recipe on given inputs: cast weights once, then call forward() or step() as often as you like."""
+
+    def __init__(self, recipe: Recipe, x, probs, plan, w1, w2, dout):
+        self.inputs, self.plan, self.dout, self.recipe = (x, probs, w1, w2), plan, dout, recipe
+        self.casts = cast_weight(w1, recipe, "W1"), cast_weight(w2, recipe, "W2")
+        self.function = FP8Experts if recipe.precision == "fp8" else BF16Experts
+
+    def forward(self) -> Tensor:
+        return self.function.apply(*self.inputs, *self.casts, self.plan, self.recipe)
+
+    def step(self) -> tuple[Tensor, ...]:
+        """(out, dx, dprobs, dw1, dw2)."""
+        out = self.forward()
+        return out.detach(), *torch.autograd.grad(out, self.inputs, self.dout)
+
+
+def print_ledger(device) -> None:
+    print("\nExplicit casts in one forward and backward of the layer (weights apart, once per optimizer step)")
+    cases = [(name, {}) for name in RECIPES]
+    for name in ("naive", "flow"):
+        for key, choices in CHOICES.items():
+            cases += [(name, {key: value}) for value in choices if value != getattr(RECIPES[name], key)]
+    for name, changes in cases:
+        label = name + "".join(f", {key}={value}" for key, value in changes.items())
+        try:
+            recipe = switch(RECIPES[name], **changes)
+        except ValueError as error:
+            print(f"  {label:32}  -  refused: {str(error).split(';')[0].split(':')[0]}")
+            continue
+        inputs = random_layer(64, 128, 128, 4, 2, device)
+        with count_casts() as ledger:
+            Layer(recipe, *inputs).step()
+        parts = [f"{way}: " + " ".join(f"{c.kind}({c.tensor})" for c in ledger if c.direction == way)
+                 for way in ("forward", "backward") if any(c.direction == way for c in ledger)]
+        print(f"  {label:32} {len(ledger):2}  {'; '.join(parts)}")
+
+
+def print_double_quantization(device) -> None:
+    print("\nDouble quantization: SQNR in dB against the source, and the share of non-zero elements that become zero, [1024, 2048]")
+    columns = ("row-wise fp32", "requantized fp32", "row-wise pow2", "requantized pow2", "direct")
+    print(f"  {'':18}" + "".join(f"{c:>26}" for c in columns))
+    for kind in kernels.KINDS:
+        x = kernels.sample(kind, 1024, 2048, device)
+        row = {s: kernels.quantize(x, s) for s in ("fp32", "pow2")}
+        again = {s: kernels.dequantize(kernels.quantize(kernels.dequantize(q).t(), s)).t() for s, q in row.items()}
+        results = (kernels.dequantize(row["fp32"]), again["fp32"], kernels.dequantize(row["pow2"]), again["pow2"],
+                   kernels.dequantize(kernels.scaling_aware_transpose(row["pow2"])).t())
+        lost = [((y == 0) & (x != 0)).sum() / (x != 0).sum() for y in results]
+        print(f"  {kind:18}" + "".join(f"{kernels.sqnr(y, x):15.2f} ({100 * share:6.3f}%)" for y, share in zip(results, lost)))
+
+
+LAYERS = ((16384, 2048, 2048, 8, 2), (32768, 2048, 1024, 32, 4), (16384, 4096, 2048, 16, 4))        # T, D, F, E, K
+VARIANTS = {
+    **RECIPES,
+    "flow, requant": switch(RECIPES["flow"], transpose="requant"),
+    "flow, swiglu unfused": switch(RECIPES["flow"], swiglu="unfused"),
+    "flow, permute unfused": switch(RECIPES["flow"], permute="unfused"),
+    "flow-row 128": switch(RECIPES["flow-row"], promote=128),
+    "flow-row 256": switch(RECIPES["flow-row"], promote=256),
+    "flow-row 1024": switch(RECIPES["flow-row"], promote=1024),
+    "flow-row never": switch(RECIPES["flow-row"], promote=None),
+    "bf16, recompute": switch(RECIPES["bf16"], recompute=True),
+    "flow, recompute": switch(RECIPES["flow"], recompute=True),
+}
+SHARES = {"GEMM": ("gemm", "wgrad", "cutlass", "Gemm"), "transpose": ("transpose", "expert_scale"), "SwiGLU": ("swiglu",),
+          "cast": ("quantize",), "permute": ("gather_rows", "sum_rows")}
+
+
+def time_shares(step) -> dict[str, float]:
+    """Milliseconds of GPU time by kind of kernel in one step, from the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        for _ in range(4):
+            step()
+        torch.cuda.synchronize()
+    shares = dict.fromkeys([*SHARES, "other"], 0.0)
+    for event in prof.key_averages():
+        kind = next((k for k, names in SHARES.items() if any(n in event.key for n in names)), "other")
+        shares[kind] += event.self_device_time_total / 4e3
+    return shares
+
+
+def print_layer_times(device) -> None:
+    import triton
+    print("\nThe layer, forward + backward, weights already cast, median ms with the L2 flushed; GPU time by kind of kernel, ms;"
+          "\nMB held for backward, and SQNR in dB of (out, dx, dprobs, dw1, dw2) against the bf16 layer")
+    for shape in LAYERS:
+        print("T {}, D {}, F {}, E {}, k {}".format(*shape))
+        print(f"  {'':22}{'ms':>8}{'x bf16':>8}" + "".join(f"{k:>10}" for k in (*SHARES, "other")) + f"{'held MB':>10}{'x bf16':>8}{'peak MB':>9}   SQNR")
+        inputs = random_layer(*shape, device, torch.bfloat16)               # bf16 masters: every recipe writes bf16 gradients
+        base = None
+        for name, recipe in VARIANTS.items():
+            layer = Layer(recipe, *inputs)
+            results = layer.step()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            out = layer.forward()
+            held = (torch.cuda.memory_allocated() - before - out.nbytes) / 1e6
+            del out
+            torch.cuda.reset_peak_memory_stats()
+            layer.step()
+            peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+            ms = triton.testing.do_bench(layer.step, warmup=30, rep=150, return_mode="median")
+            base = base or (ms, held, results)
+            shares = time_shares(layer.step)
+            quality = " ".join(f"{kernels.sqnr(a, b):.1f}" for a, b in zip(results, base[2])) if recipe.precision == "fp8" else ""
+            print(f"  {name:22}{ms:8.3f}{base[0] / ms:8.2f}" + "".join(f"{v:10.3f}" for v in shares.values())
+                  + f"{held:10.1f}{held / base[1]:8.2f}{peak:9.0f}   {quality}", flush=True)
+            del layer, results
+        del inputs, base
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}")
+    print_ledger(device)
+    print_double_quantization(device)
+    if device.type == "cpu" or not kernels.use_kernels(torch.empty(0, device=device)):
+        print("\nno GPU with FP8 here: the times of the layer need one")
+        return
+    print_layer_times(device)
+
+
+if __name__ == "__main__":
+    main()

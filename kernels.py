@@ -563,7 +563,7 @@ def _swiglu_backward_kernel(da, h, prob, tile_expert,               # da [M, F] 
     sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
     tl.store(dprob + row, tl.sum(tl.sum(d * silu * up, 1), 0))
-    y = silu * up * p                                               # a again: cheaper to recompute than to keep
+    y = silu * up * p
     d *= p
     dgate, dup = d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * silu
     if QUANTIZE:
@@ -579,9 +579,10 @@ def _swiglu_backward_kernel(da, h, prob, tile_expert,               # da [M, F] 
             tl.store(dh_scale + group.to(tl.int64) * M + row, s, mask=scaled)
             dup, s = _quantize_groups(dup, GROUP, POW2)
             tl.store(dh_scale + (group + F // GROUP).to(tl.int64) * M + row, s, mask=scaled)
-        y, s = _quantize_groups(y, GROUP, POW2)
-        tl.store(a_scale + group.to(tl.int64) * M + row, s, mask=scaled)
-        tl.store(a + row * F + col, y, mask=live)
+        if a is not None:                                           # cheaper to make again from h than to keep
+            y, s = _quantize_groups(y, GROUP, POW2)
+            tl.store(a_scale + group.to(tl.int64) * M + row, s, mask=scaled)
+            tl.store(a + row * F + col, y, mask=live)
     out: tl.constexpr = dh.dtype.element_ty
     tl.store(dh + row * F * 2 + col, dgate.to(out), mask=live)
     tl.store(dh + row * F * 2 + F + col, dup.to(out), mask=live)
@@ -638,17 +639,19 @@ def swiglu_backward(da: Tensor, h: Tensor, prob: Tensor, tiles: Tensor | None = 
 
 
 def swiglu_backward_quantize(da: Tensor, h: Tensor, prob: Tensor, scales: str = "pow2", granularity: str = "block",
-                             tiles: Tensor | None = None) -> tuple[QTensor, Tensor, QTensor]:
-    """SwiGLU backward that emits FP8 (paper section 3.3): dh [M, 2F] row-wise, dprob [M] fp32, and a [M, F] row-wise
-    again, recomputed from the h that is at hand, for the weight gradient of fc2."""
+                             tiles: Tensor | None = None, again: bool = True) -> tuple[QTensor, Tensor, QTensor | None]:
+    """SwiGLU backward that emits FP8 (paper section 3.3): dh [M, 2F] row-wise, dprob [M] fp32, and, where `again`,
+    a [M, F] row-wise once more, recomputed from the h that is at hand, for the weight gradient of fc2."""
     _check_blocks("da", da, 1)
     if not use_kernels(h):
-        return swiglu_backward_quantize_ref(da, h, prob, scales, granularity)
+        dh, dprob, a = swiglu_backward_quantize_ref(da, h, prob, scales, granularity)
+        return dh, dprob, a if again else None
     M, width = da.shape
-    dh, a = _empty_q(h, M, 2 * width, scales, granularity), _empty_q(h, M, width, scales, granularity)
-    dprob = torch.empty_like(prob)
-    _swiglu_backward_kernel[M,](da, h, prob, tiles, _bytes(dh.data), dh.scale, dprob, _bytes(a.data), a.scale, M, width,
-                                True, scales == "pow2", granularity == "row", triton.next_power_of_2(width), BLOCK)
+    dh, dprob = _empty_q(h, M, 2 * width, scales, granularity), torch.empty_like(prob)
+    a = _empty_q(h, M, width, scales, granularity) if again else None
+    _swiglu_backward_kernel[M,](da, h, prob, tiles, _bytes(dh.data), dh.scale, dprob, *((_bytes(a.data), a.scale) if again
+                                else (None, None)), M, width, True, scales == "pow2", granularity == "row",
+                                triton.next_power_of_2(width), BLOCK)
     return dh, dprob, a
 
 
@@ -899,3 +902,218 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, granularity: str = "bloc
     M, N, E = a.shape[0], b.shape[0], len(ends)
     return _launch_gemm(_grouped_wgrad_kernel, a, b, a.scale.new_empty(E, M, N, dtype=dtype),
                         lambda BM, BN: [BM, BN // 2], (ends,), (M, N, E), granularity, promote)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python kernels.py: numerics anywhere, timings on a GPU
+
+def sqnr(x: Tensor, ref: Tensor) -> float:
+    """Signal to quantization-noise ratio in dB: 10 log10(|ref|^2 / |x - ref|^2). 31.5 dB is 2.6% of error."""
+    ref = ref.double()
+    return 10 * math.log10(ref.square().sum() / (x.double() - ref).square().sum().clamp(min=1e-300))
+
+
+def sample(kind: str, R: int, C: int, device, seed: int = 0) -> Tensor:
+    """[R, C] fp32 that looks like what a layer quantizes."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(R, C, generator=g)
+    if kind == "heavy-tailed":                                                      # Student t, 3 degrees of freedom
+        x = x / (torch.randn(3, R, C, generator=g).square().mean(0)).sqrt()
+    if kind == "outlier channels":
+        x[:, ::64] *= 64
+    if kind == "gradient-like":                                                     # rows over 24 binades, some zero
+        x = x * torch.exp2(torch.randint(-12, 13, (R, 1), generator=g).float())
+        x[::7] = 0
+    return x.to(device)
+
+
+KINDS = ("Gaussian", "heavy-tailed", "outlier channels", "gradient-like")
+
+
+def print_scales(device) -> None:
+    print("\nSQNR in dB of one quantization, [1024, 2048]: what scales and their granularity cost")
+    print(f"{'':18}" + "".join(f"{g + ' ' + s:>14}" for g in ("block", "row") for s in ("pow2", "fp32")))
+    for kind in KINDS:
+        x = sample(kind, 1024, 2048, device)
+        print(f"{kind:18}" + "".join(f"{sqnr(dequantize(quantize(x, s, g)), x):14.2f}" for g in ("block", "row") for s in ("pow2", "fp32")))
+
+
+def operand_error(x: Tensor, y: Tensor, promote: int | None) -> tuple[float, float]:
+    """(relative error, signed bias) of x @ y^T of FP8 operands [m, K], summed by the tensor core, against fp64.
+
+    The operands are exact in E4M3, so all of the error is the accumulator's.
+    """
+    a, b = (QTensor(t.to(FP8), torch.ones(t.shape[1] // BLOCK, 1, device=t.device)) for t in (x, y))
+    ends = torch.tensor([x.shape[1]], dtype=torch.int32, device=x.device)
+    got = grouped_wgrad(a, b, ends, "row", promote)[0].double()
+    exact = a.data.double() @ b.data.double().T
+    return ((got - exact).norm() / exact.norm()).item(), ((got - exact) * exact.sign()).sum().item() / exact.abs().sum().item()
+
+
+def print_promotion(device) -> None:
+    print("\nError of an FP8 dot product by the length of the sum and the promotion interval: relative error (signed bias), %")
+    kinds = {"zero-mean": torch.randn, "relu-like": lambda *s, **k: torch.randn(*s, **k).relu(), "positive": torch.rand}
+    lengths = (2048, 8192, 32768)
+    print(f"{'promoted every':16}" + "".join(f"{kind + ' ' + str(K):>22}" for kind in kinds for K in lengths))
+    for promote in (128, 256, 512, 1024, 2048, None):
+        cells = []
+        for make in kinds.values():
+            for K in lengths:
+                torch.manual_seed(0)
+                error, bias = operand_error(make(256, K, device=device), make(256, K, device=device), promote)
+                cells.append(f"{100 * error:11.3f} ({100 * bias:+7.3f})")
+        print(f"{promote or 'never':<16}" + " ".join(f"{c:>21}" for c in cells))
+
+
+SHAPES = {  # tokens, hidden, experts, top-k, expert width: the paper's four, the h100 preset's, the reference layer
+    "paper 1": (4096, 1280, 64, 7, 1024), "paper 2": (4096, 2048, 64, 6, 1408), "paper 3": (4096, 5120, 160, 6, 1536),
+    "paper 4": (4096, 7168, 256, 8, 2048), "preset": (16384, 2048, 16, 4, 2048), "layer": (16384, 2048, 8, 2, 2048),
+}
+
+
+class Bench:
+    """Prints one line a kernel: us, GB/s or TFLOPS, share of the ceiling measured here, speed-up over a baseline."""
+
+    def __init__(self, device):
+        x = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+        y = torch.empty_like(x)
+        self.copy = 2 * x.nbytes / self.us(lambda: y.copy_(x)) / 1e3
+        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        q, one = a.to(FP8), torch.ones((), device=device)
+        self.bf16 = 2 * 8192 ** 3 / self.us(lambda: a @ a) / 1e6
+        self.fp8 = 2 * 8192 ** 3 / self.us(lambda: torch._scaled_mm(q, q.t(), one, one, out_dtype=torch.bfloat16)) / 1e6
+        print(f"\nceilings: copy {self.copy:.0f} GB/s, dense bf16 {self.bf16:.0f} TFLOPS, dense FP8 {self.fp8:.0f} TFLOPS (8192^3)")
+
+    @staticmethod
+    def us(fn) -> float:
+        """Median of queued launches, L2 flushed before each."""
+        return triton.testing.do_bench(fn, warmup=10, rep=40, return_mode="median") * 1e3
+
+    def bytes(self, name: str, fn, nbytes: int, **baselines) -> float:
+        us = self.us(fn)
+        print(f"  {name:34} {us:9.1f} us {nbytes / us / 1e3:7.0f} GB/s   {nbytes / us / 1e3 / self.copy:5.2f} of copy"
+              + "".join(f"   {self.us(b) / us:5.2f}x {label.replace('_', ' ')}" for label, b in baselines.items()), flush=True)
+        return us
+
+    def flops(self, name: str, fn, flops: int, base_us: float | None, ceiling: float) -> float:
+        us = self.us(fn)
+        print(f"  {name:34} {us:9.1f} us {flops / us / 1e6:7.0f} TFLOPS {flops / us / 1e6 / ceiling:5.2f} of dense"
+              + (f"   {base_us / us:5.2f}x bf16" if base_us else ""), flush=True)
+        return us
+
+
+def balanced_routing(T: int, E: int, topk: int, device):
+    """rows [M], slots [T', k], tile_expert, ends for experts of equal size (T' <= T: whole tokens only)."""
+    per = T * topk // E
+    padded = -(-per // BLOCK) * BLOCK
+    pairs = torch.randperm(E * per, device=device).view(E, per)
+    rows = F.pad(pairs // topk, (0, padded - per), value=-1).flatten()
+    slots = torch.empty(E * per, dtype=torch.int64, device=device)
+    slots[pairs.flatten()] = (torch.arange(E, device=device)[:, None] * padded + torch.arange(per, device=device)).flatten()
+    tiles = torch.arange(E, device=device, dtype=torch.int32).repeat_interleave(padded // BLOCK)
+    ends = torch.arange(1, E + 1, device=device, dtype=torch.int32) * padded
+    return rows, slots[:per * E // topk * topk].view(-1, topk), tiles, ends
+
+
+def bench_memory_bound(bench: Bench, T, D, E, topk, width, device) -> None:
+    """Bytes are those that must move: every input once, every output once, scales left out."""
+    rows, slots, tiles, ends = balanced_routing(T, E, topk, device)
+    M, live = len(rows), int((rows >= 0).sum())
+    x = torch.randn(T, D, device=device, dtype=torch.bfloat16)
+    q = quantize(x)
+    bench.bytes("quantize 1x128", lambda: quantize(x), 3 * T * D)
+    bench.bytes("quantize row", lambda: quantize(x, granularity="row"), 3 * T * D)
+    w = torch.randn(min(E, 8), 2 * width, D, device=device)
+    bench.bytes("weights, W and W^T, 128x128", lambda: quantize_weight(w), 6 * w.numel())
+    bench.bytes("weights, W and W^T, row (2 passes)", lambda: quantize_weight(w, granularity="row"), 10 * w.numel())
+    del w
+    compact = rows[rows >= 0]
+    pad = torch.where(rows >= 0, (rows >= 0).cumsum(0) - 1, -1)
+    bench.bytes("permute+pad FP8", lambda: gather_rows(q, rows), (live + M) * D,
+                unfused=lambda: gather_rows(gather_rows(q, compact), pad))
+    bench.bytes("permute+pad bf16", lambda: gather_rows(x, rows), 2 * (live + M) * D,
+                unfused=lambda: gather_rows(gather_rows(x, compact), pad))
+    xp, qp = gather_rows(x, rows), gather_rows(q, rows)
+    unpad, rank = slots.flatten(), torch.arange(slots.numel(), device=device).view_as(slots)
+    bench.bytes("unpermute+unpad bf16", lambda: sum_rows(xp, slots), 2 * (slots.numel() + len(slots)) * D,
+                unfused=lambda: sum_rows(gather_rows(xp, unpad), rank))
+    bench.bytes("scaling-aware transpose", lambda: scaling_aware_transpose(qp), 2 * M * D,
+                requantizing=lambda: quantize(transpose(dequantize(qp, torch.bfloat16))))
+    bench.bytes("  with the permute inside", lambda: scaling_aware_transpose(q, rows), (live + M) * D,
+                permute_then_transpose=lambda: scaling_aware_transpose(gather_rows(q, rows)))
+    del xp, qp, x, q
+    h, prob = torch.randn(M, 2 * width, device=device, dtype=torch.bfloat16), torch.rand(M, device=device)
+    da = torch.randn(M, width, device=device, dtype=torch.bfloat16)
+    leaf = h.clone().requires_grad_()
+
+    def eager(h):
+        gate, up = h.chunk(2, -1)
+        return (F.silu(gate) * up * prob[:, None]).bfloat16()
+    graph = eager(leaf)
+    bench.bytes("SwiGLU+quantize", lambda: swiglu_quantize(h, prob), 5 * M * width,
+                unfused=lambda: quantize(swiglu(h, prob)), eager=lambda: quantize(eager(h)))
+    bench.bytes("SwiGLU+quantize row", lambda: swiglu_quantize(h, prob, granularity="row"), 5 * M * width,
+                unfused=lambda: quantize(swiglu(h, prob), granularity="row"))
+    def backward(granularity, again):
+        return lambda: swiglu_backward_quantize(da, h, prob, granularity=granularity, again=again)
+    def pair(granularity):
+        return lambda: quantize(swiglu_backward(da, h, prob)[0], granularity=granularity)
+    bench.bytes("SwiGLU backward+quantize", backward("block", False), 8 * M * width, unfused=pair("block"),
+                eager=lambda: quantize(torch.autograd.grad(graph, leaf, da, retain_graph=True)[0]))
+    bench.bytes("  and A again", backward("block", True), 9 * M * width)
+    bench.bytes("SwiGLU backward+quantize row", backward("row", False), 8 * M * width, unfused=pair("row"))
+
+
+def bench_gemm(bench: Bench, T, D, E, topk, width, device) -> None:
+    """fprop and dgrad read W and W^T; wgrad reads both operands transposed. bf16: torch's grouped GEMM."""
+    rows, _, tiles, ends = balanced_routing(T, E, topk, device)
+    M, live = len(rows), int((rows >= 0).sum())
+    for fc, N, K in (("fc1", 2 * width, D), ("fc2", D, width)):
+        flops = 2 * live * N * K
+        x, dy = (torch.randn(M, C, device=device, dtype=torch.bfloat16) for C in (K, N))
+        w = torch.randn(E, N, K, device=device, dtype=torch.bfloat16) * K ** -0.5
+        base = [bench.flops(f"{fc} {name} bf16", fn, flops, None, bench.bf16) for name, fn in (
+            ("fprop", lambda: F.grouped_mm(x, w.mT, offs=ends)), ("dgrad", lambda: F.grouped_mm(dy, w, offs=ends)),
+            ("wgrad", lambda: F.grouped_mm(dy.t(), x, offs=ends)))]
+        for granularity, intervals in (("block", (128,)), ("row", (128, 256, 512, 1024, None))):
+            wq, wqt = quantize_weight(w, granularity=granularity)
+            xq, dyq = quantize(x, granularity=granularity), quantize(dy, granularity=granularity)
+            xt, dyt = (scaling_aware_transpose(q, target=None if granularity == "block" else expert_scale(q.scale, None, ends))
+                       for q in (xq, dyq))
+            for promote in intervals:
+                label = f"FP8 {granularity} {promote or 'never'}"
+                for b, (name, fn) in zip(base, (
+                        ("fprop", lambda: grouped_gemm(xq, wq, tiles, ends, granularity, promote)),
+                        ("dgrad", lambda: grouped_gemm(dyq, wqt, tiles, ends, granularity, promote)),
+                        ("wgrad", lambda: grouped_wgrad(dyt, xt, ends, granularity, promote, torch.bfloat16)))):
+                    bench.flops(f"{fc} {name} {label}", fn, flops, b, bench.fp8)
+            if granularity == "block":
+                xt, dyt = quantize(transpose(x)), quantize(transpose(dy))
+                bench.flops(f"{fc} wgrad FP8 block 128, requantized", lambda: grouped_wgrad(
+                    dyt, xt, ends, dtype=torch.bfloat16), flops, base[2], bench.fp8)
+            del wq, wqt
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    print(f"torch {torch.__version__}, triton {triton.__version__}, {name}")
+    print_scales(device)
+    if device.type == "cpu" or not use_kernels(torch.empty(0, device=device)):
+        print("\nno GPU with FP8 here: the promotion errors and the timings need one")
+        return
+    print_promotion(device)
+    bench = Bench(device)
+    print("\nscaling-aware transpose, 32768 x 7168")
+    q = quantize(torch.randn(32768, 7168, device=device, dtype=torch.bfloat16))
+    bench.bytes("scaling-aware transpose", lambda: scaling_aware_transpose(q), 2 * q.data.numel(),
+                requantizing=lambda: quantize(transpose(dequantize(q, torch.bfloat16))))
+    del q
+    for label, (T, D, E, topk, width) in SHAPES.items():
+        print(f"\n{label}: T {T}, D {D}, E {E}, k {topk}, F {width}")
+        bench_memory_bound(bench, T, D, E, topk, width, device)
+        bench_gemm(bench, T, D, E, topk, width, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,15 +30,14 @@ flipped, the double-quantization table and, on a GPU, the time of the layer.
 
 Shapes: T tokens, K experts per token, E experts, M padded token slots, D model width, F expert width.
 """
+import argparse
 import contextlib
-import math
-from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 import kernels
@@ -448,11 +447,11 @@ def time_shares(step) -> dict[str, float]:
 
 def print_layer_times(device) -> None:
     import triton
-    print("\nThe layer, forward + backward, weights already cast, median ms with the L2 flushed; GPU time by kind of kernel, ms;"
-          "\nMB held for backward, and SQNR in dB of (out, dx, dprobs, dw1, dw2) against the bf16 layer")
+    print("\nThe layer, forward + backward, weights already cast: median ms as a CUDA graph, and launched from Python; GPU time by"
+          "\nkind of kernel, ms; MB held for backward; SQNR in dB of (out, dx, dprobs, dw1, dw2) against the bf16 layer")
     for shape in LAYERS:
         print("T {}, D {}, F {}, E {}, k {}".format(*shape))
-        print(f"  {'':22}{'ms':>8}{'x bf16':>8}" + "".join(f"{k:>10}" for k in (*SHARES, "other")) + f"{'held MB':>10}{'x bf16':>8}{'peak MB':>9}   SQNR")
+        print(f"  {'':22}{'ms':>8}{'x bf16':>8}{'Python':>8}" + "".join(f"{k:>10}" for k in (*SHARES, "other")) + f"{'held MB':>10}{'x bf16':>8}{'peak MB':>9}   SQNR")
         inputs = random_layer(*shape, device, torch.bfloat16)               # bf16 masters: every recipe writes bf16 gradients
         base = None
         for name, recipe in VARIANTS.items():
@@ -466,19 +465,90 @@ def print_layer_times(device) -> None:
             torch.cuda.reset_peak_memory_stats()
             layer.step()
             peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-            ms = triton.testing.do_bench(layer.step, warmup=30, rep=150, return_mode="median")
+            ms = triton.testing.do_bench_cudagraph(layer.step, rep=150, return_mode="median")
+            eager = triton.testing.do_bench(layer.step, warmup=20, rep=100, return_mode="median")
             base = base or (ms, held, results)
             shares = time_shares(layer.step)
             quality = " ".join(f"{kernels.sqnr(a, b):.1f}" for a, b in zip(results, base[2])) if recipe.precision == "fp8" else ""
-            print(f"  {name:22}{ms:8.3f}{base[0] / ms:8.2f}" + "".join(f"{v:10.3f}" for v in shares.values())
+            print(f"  {name:22}{ms:8.3f}{base[0] / ms:8.2f}{eager:8.3f}" + "".join(f"{v:10.3f}" for v in shares.values())
                   + f"{held:10.1f}{held / base[1]:8.2f}{peak:9.0f}   {quality}", flush=True)
             del layer, results
         del inputs, base
 
 
+def spread_of(x: Tensor, ref: Tensor, axis: int) -> str:
+    """SQNR in dB of every row (axis -1) or column (axis -2) of dW [E, N, K]: median, worst percentile, worst; and how many
+    came out all zero that should not have."""
+    x, ref = x.double(), ref.double()
+    signal, noise = ref.square().sum(axis), (x - ref).square().sum(axis)
+    db = 10 * torch.log10(signal / noise.clamp(min=1e-300))[signal > 0]
+    dead = ((x == 0).all(axis) & (signal > 0)).sum()
+    low = db.flatten().kthvalue(max(1, db.numel() // 100)).values
+    return f"{db.median():6.1f}{low:7.1f}{db.min():7.1f}{int(dead):6}"
+
+
+def print_real(path: str, device) -> None:
+    """The same questions on one layer of a trained model: tensors.pt, written by `train.py --save-tensors`."""
+    saved = torch.load(path, map_location=device, weights_only=True)
+    x, probs, dout = saved["x"].requires_grad_(), saved["probs"].requires_grad_(), saved["dout"]
+    w1, w2 = (saved[k].requires_grad_() for k in ("w1", "w2"))
+    plan = make_plan(saved["chosen"], len(w1))
+    print(f"\n{path}: layer {saved['layer']} of {saved['recipe']} after {saved['step']} steps, T {len(x)}, D {x.shape[1]}, "
+          f"F {w2.shape[2]}, E {len(w1)}, k {probs.shape[1]}, counts {plan.counts.min()}..{plan.counts.max()}")
+    flow, used = RECIPES["flow"], (plan.tile_expert >= 0).repeat_interleave(BLOCK)
+    bf16 = Layer(RECIPES["bf16"], x, probs, plan, w1, w2, dout)
+    xp, dy = permute(x.detach(), plan, flow), permute(dout, plan, flow)
+    h = F.grouped_mm(xp, bf16.casts[0].mT, offs=plan.ends)
+    prob = spread(probs.detach(), plan)
+    a = kernels.swiglu(h, prob, plan.tile_expert)
+    dh, _ = kernels.swiglu_backward(F.grouped_mm(dy, bf16.casts[1], offs=plan.ends), h, prob, plan.tile_expert)
+
+    print("Operands: row scales over the tensor, in binades; SQNR in dB and share of non-zero elements that underflow")
+    print(f"  {'':4}{'spread':>8}{'1x128':>19}{'row':>19}{'tile, transposed':>21}{'expert, transposed':>21}")
+    rows = plan.pair >= 0
+    for name, t in (("X", xp), ("A", a), ("dY", dy), ("dH", dh)):
+        t = torch.where(used[:, None], t, 0)
+        results = []
+        for granularity in ("block", "row"):
+            q = kernels.quantize(t, granularity=granularity)
+            target = kernels.expert_scale(q.scale, None, plan.ends) if granularity == "row" else None
+            results += [kernels.dequantize(q), kernels.dequantize(kernels.scaling_aware_transpose(q, target=target, tiles=None)).t()]
+        scales = q.scale[0][rows & (t != 0).any(1)].log2()
+        cells = [f"{kernels.sqnr(y[rows], t[rows]):8.2f} ({100 * ((y == 0) & (t != 0))[rows].sum() / (t != 0)[rows].sum():6.3f}%)"
+                 for y in (results[0], results[2], results[1], results[3])]
+        print(f"  {name:4}{scales.max() - scales.min():8.0f}" + "  ".join(f"{c:>19}" for c in cells))
+
+    print("dW against bf16: SQNR in dB, then of its rows and of its columns: median, worst 1%, worst, lost (all zero)")
+    reference = bf16.step()
+    print(f"  {'':16}{'out':>6}{'dx':>6}{'dprobs':>7}{'dw1':>6}   {'rows':<26}   {'columns':<26}{'dw2':>6}   {'rows':<26}   columns")
+    for name in ("naive", "flow", "flow-row", "flow-row 2048", "flow-row never"):
+        recipe = {**VARIANTS, "flow-row 2048": switch(RECIPES["flow-row"], promote=2048)}[name]
+        out, dx, dprobs, dw1, dw2 = Layer(recipe, x, probs, plan, w1, w2, dout).step()
+        overall = [kernels.sqnr(u, v) for u, v in zip((out, dx, dprobs), reference)]
+        print(f"  {name:16}" + "{:6.1f}{:6.1f}{:7.1f}".format(*overall) + "".join(
+            f"{kernels.sqnr(got, want):6.1f}   {spread_of(got, want, -1)}   {spread_of(got, want, -2)}"
+            for got, want in ((dw1, reference[3]), (dw2, reference[4]))))
+
+    if device.type == "cuda":
+        print("Truncation on these operands: dW2 by promotion interval against 128: relative difference (signed bias), %")
+        q = [kernels.quantize(torch.where(used[:, None], t, 0), granularity="row") for t in (dy, a)]
+        q = [kernels.scaling_aware_transpose(t, None, kernels.expert_scale(t.scale, None, plan.ends)) for t in q]
+        exact = kernels.grouped_wgrad(*q, plan.ends, "row", 128).double()
+        for promote in (256, 512, 1024, 2048, None):
+            d = kernels.grouped_wgrad(*q, plan.ends, "row", promote).double() - exact
+            print(f"  {promote or 'never':<6} {100 * d.norm() / exact.norm():8.4f} ({100 * (d * exact.sign()).sum() / exact.abs().sum():+8.4f})")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="fp8flow.py", description="The cast ledger, the double-quantization table, the layer's times.")
+    parser.add_argument("--tensors", metavar="PATH", help="instead: the numerics of a trained layer, saved by train.py --save-tensors")
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}")
+    if args.tensors:
+        if not Path(args.tensors).is_file():
+            parser.error(f"--tensors {args.tensors!r} is no file: train.py --save-tensors writes one as OUT/RECIPE/tensors.pt")
+        return print_real(args.tensors, device)
     print_ledger(device)
     print_double_quantization(device)
     if device.type == "cpu" or not kernels.use_kernels(torch.empty(0, device=device)):

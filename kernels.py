@@ -134,7 +134,7 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
 
 
 def given_scale(amax: Tensor, scales: str) -> Tensor:
-    """A scale to be handed to a quantizer, which then sees no maximum: NaN where the data is not finite."""
+    """A scale for a quantizer that will not see the maximum: NaN where the data is not finite."""
     return torch.where(amax.isfinite(), scale_of(amax, scales)[0], torch.nan)
 
 
@@ -287,12 +287,23 @@ def quantize_weight_ref(w: Tensor, scales: str = "pow2", granularity: str = "blo
 
 @triton.jit
 def _weight_amax_kernel(w, amax, amax_t, N, K, TILE: tl.constexpr):  # w [E, N, K], amax [E, K/128, N], amax_t [E, N/128, K]
-    """Grid (N/128, K/128, E). Reads 4NK bytes an expert: the largest magnitude of each row and column of a tile."""
+    """Grid (N/128, K/128, E). Reads 4NK bytes an expert: the largest magnitude of each row and column of a tile, as bits."""
     n, k, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, col = n * TILE + tl.arange(0, TILE), k * TILE + tl.arange(0, TILE)
     tile = tl.load(w + e * N * K + row[:, None].to(tl.int64) * K + col[None, :]).to(tl.float32)
     tl.store(amax + (e * (K // TILE) + k) * N + row, _amax_bits(tile, 1))
     tl.store(amax_t + (e * (N // TILE) + n) * K + col, _amax_bits(tile, 0))
+
+
+@triton.jit
+def _row_scale_kernel(amax, scale, N, TILES, POW2: tl.constexpr, TILE: tl.constexpr):  # amax [E, TILES, N], scale [E, 1, N]
+    """Grid (N/128, E): the scale of each row from its tiles' maxima, NaN where a row is not finite."""
+    e, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * TILE + tl.arange(0, TILE)
+    bits = tl.zeros((TILE,), tl.int32)
+    for t in range(TILES):
+        bits = tl.maximum(bits, tl.load(amax + (e * TILES + t) * N + row))
+    s, _ = _scale_of(bits, POW2)
+    tl.store(scale + e * N + row, tl.where(bits < 0x7F800000, s, float("nan")))
 
 
 @triton.jit
@@ -331,15 +342,17 @@ def quantize_weight(w: Tensor, scales: str = "pow2", granularity: str = "block")
     row = granularity == "row"
     grid = (N // BLOCK, K // BLOCK, E)
     if row:
-        tiles = [w.new_empty(E, a // BLOCK, b, dtype=torch.int32) for a, b in ((K, N), (N, K))]
-        _weight_amax_kernel[grid](w, *tiles, N, K, BLOCK, num_warps=8)
-        scale, scale_t = (given_scale(bits.amax(1, keepdim=True).view(torch.float32), scales) for bits in tiles)
+        scale, scale_t = (w.new_empty(E, 1, width, dtype=torch.float32) for width in (N, K))
+        amax, amax_t = (w.new_empty(E, a // BLOCK, b, dtype=torch.int32) for a, b in ((K, N), (N, K)))
+        _weight_amax_kernel[grid](w, amax, amax_t, N, K, BLOCK, num_warps=4)
+        for bits, s in ((amax, scale), (amax_t, scale_t)):
+            _row_scale_kernel[s.shape[2] // BLOCK, E](bits, s, s.shape[2], bits.shape[1], scales == "pow2", BLOCK)
     else:
-        scale, scale_t = w.new_empty(2, E, K // BLOCK, N // BLOCK, dtype=torch.float32)
-        scale_t = scale_t.view(E, N // BLOCK, K // BLOCK)
+        scale, scale_t = (w.new_empty(E, *tiles, dtype=torch.float32)
+                          for tiles in ((K // BLOCK, N // BLOCK), (N // BLOCK, K // BLOCK)))
     data, data_t = w.new_empty(E, N, K, dtype=FP8), w.new_empty(E, K, N, dtype=FP8)
     _quantize_weight_kernel[grid](
-        w, _bytes(data), scale, _bytes(data_t), scale_t, N, K, scales == "pow2", row, BLOCK, num_warps=8)
+        w, _bytes(data), scale, _bytes(data_t), scale_t, N, K, scales == "pow2", row, BLOCK, num_warps=4 if row else 8)
     return QTensor(data, scale, scales), QTensor(data_t, scale_t, scales)
 
 
@@ -362,8 +375,8 @@ def _scaling_aware_transpose_kernel(data, scale, rows, target, tile_expert, out,
                                     # data [T, C] uint8, scale [C/128 or 1, T], rows [M] int64 or None,
                                     # target [M/128] or None, out [C, M] uint8, out_scale [M/128, C/128 or 1]
                                     T, C, M, SCALES: tl.constexpr, TILE: tl.constexpr):
-    """Grid (C/128, M/128): one tile a program. Reads MC, writes MC bytes."""
-    j, i = tl.program_id(0), tl.program_id(1)
+    """Grid (M/128, C/128): one tile a program, neighbours write neighbouring columns. Reads MC, writes MC bytes."""
+    i, j = tl.program_id(0), tl.program_id(1)
     if tile_expert is not None:
         if tl.load(tile_expert + i) < 0:
             return
@@ -410,7 +423,7 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None, target: Tens
         return scaling_aware_transpose_ref(q, rows, target)
     scales = q.scale.shape[0]
     out = QTensor(q.data.new_empty(C, M), q.scale.new_empty(M // BLOCK, scales))
-    _scaling_aware_transpose_kernel[C // BLOCK, M // BLOCK](
+    _scaling_aware_transpose_kernel[M // BLOCK, C // BLOCK](
         _bytes(q.data), q.scale, rows, target, tiles, _bytes(out.data), out.scale, T, C, M, scales, BLOCK, num_warps=4)
     return out
 
@@ -472,7 +485,7 @@ def expert_scale(scale: Tensor, rows: Tensor | None, ends: Tensor) -> Tensor:
     if not use_kernels(scale):
         return expert_scale_ref(scale, rows, ends)
     top = scale.new_empty((scale.shape[1] if rows is None else len(rows)) // BLOCK)
-    _expert_scale_kernel[len(ends),](scale, rows, ends, top, 2048, BLOCK)
+    _expert_scale_kernel[len(ends),](scale, rows, ends, top, 4096, BLOCK, num_warps=8)
     return top
 
 
@@ -757,7 +770,7 @@ def grouped_wgrad_ref(a: QTensor, b: QTensor, ends: Tensor, dtype: torch.dtype =
 def _load_scale(scale, row, limit, PER_SCALE: tl.constexpr, SIZE: tl.constexpr, AXIS: tl.constexpr):
     """Scales of rows [row, row + SIZE) below limit: one number where they share it, else a vector along AXIS of the tile."""
     if PER_SCALE >= SIZE:
-        return tl.load(scale + row // PER_SCALE)
+        return tl.load(scale + row // PER_SCALE, mask=row < limit, other=0.0)
     else:
         rows = row + tl.arange(0, SIZE)
         return tl.expand_dims(tl.load(scale + rows // PER_SCALE, mask=rows < limit, other=0.0), 1 - AXIS)
@@ -795,10 +808,10 @@ def _accumulate(a, b, row_a, row_b, begin, end,                     # TMA descri
                 if (k - begin) % PROMOTE == PROMOTE - 1:
                     acc += partial
                     partial = tl.zeros((BM, BN), tl.float32)
-        if end > begin:                                             # an empty expert has no tile to read a scale from
-            sa = _load_scale(a_scale, scale_row_a, a_rows, A_PER, BM, 0)
-            sb = _load_scale(b_scale, scale_row_b, b_rows, B_PER, BN, 1)
-            acc = (acc + partial) * (sa * sb)
+        acc = partial if PROMOTE == 0 else acc + partial
+        some = end > begin                                          # an empty expert has no tile to read a scale from
+        acc *= (_load_scale(a_scale, scale_row_a, tl.where(some, a_rows, 0), A_PER, BM, 0)
+                * _load_scale(b_scale, scale_row_b, tl.where(some, b_rows, 0), B_PER, BN, 1))
     return acc
 
 
@@ -851,8 +864,8 @@ def _grouped_wgrad_kernel(a, b, out, a_scale, b_scale, ends,        # a [M, slot
 def _gemm_config(per_step: bool, promote: int | None) -> dict:
     """Tile shape and pipeline depth by how often the accumulator is promoted (tuned on Hopper)."""
     if per_step or promote is not None and promote < 512:
-        return dict(BM=128, BN=128, num_warps=8, num_stages=4)
-    return dict(BM=128, BN=256, num_warps=8, num_stages=3)
+        return dict(BM=128, BN=128, GROUP=8, num_warps=8, num_stages=4)
+    return dict(BM=128, BN=256, GROUP=8, num_warps=8, num_stages=3)
 
 
 def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, out_block, pointers, sizes, granularity, promote) -> Tensor:
@@ -869,7 +882,7 @@ def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, out_block, pointer
         tma(a.data, [config["BM"], BLOCK]), tma(b.data.flatten(0, -2), [config["BN"], BLOCK]),
         tma(out.flatten(0, -2), out_block(config["BM"], config["BN"])), a.scale, b.scale, *pointers, *sizes,
         A_PER=a.rows_per_scale, B_PER=b.rows_per_scale, PER_STEP=per_step, PROMOTE=(promote or 0) // BLOCK,
-        BK=BLOCK, GROUP=8, PROGRAMS=programs, **config)
+        BK=BLOCK, PROGRAMS=programs, **config)
     return out
 
 
@@ -987,7 +1000,7 @@ class Bench:
     @staticmethod
     def us(fn) -> float:
         """Median of queued launches, L2 flushed before each."""
-        return triton.testing.do_bench(fn, warmup=10, rep=40, return_mode="median") * 1e3
+        return triton.testing.do_bench(fn, warmup=5, rep=20, return_mode="median") * 1e3
 
     def bytes(self, name: str, fn, nbytes: int, **baselines) -> float:
         us = self.us(fn)
@@ -1064,7 +1077,7 @@ def bench_memory_bound(bench: Bench, T, D, E, topk, width, device) -> None:
     bench.bytes("SwiGLU backward+quantize row", backward("row", False), 8 * M * width, unfused=pair("row"))
 
 
-def bench_gemm(bench: Bench, T, D, E, topk, width, device) -> None:
+def bench_gemm(bench: Bench, T, D, E, topk, width, device, intervals) -> None:
     """fprop and dgrad read W and W^T; wgrad reads both operands transposed. bf16: torch's grouped GEMM."""
     rows, _, tiles, ends = balanced_routing(T, E, topk, device)
     M, live = len(rows), int((rows >= 0).sum())
@@ -1075,7 +1088,7 @@ def bench_gemm(bench: Bench, T, D, E, topk, width, device) -> None:
         base = [bench.flops(f"{fc} {name} bf16", fn, flops, None, bench.bf16) for name, fn in (
             ("fprop", lambda: F.grouped_mm(x, w.mT, offs=ends)), ("dgrad", lambda: F.grouped_mm(dy, w, offs=ends)),
             ("wgrad", lambda: F.grouped_mm(dy.t(), x, offs=ends)))]
-        for granularity, intervals in (("block", (128,)), ("row", (128, 256, 512, 1024, None))):
+        for granularity, intervals in (("block", (128,)), ("row", intervals)):
             wq, wqt = quantize_weight(w, granularity=granularity)
             xq, dyq = quantize(x, granularity=granularity), quantize(dy, granularity=granularity)
             xt, dyt = (scaling_aware_transpose(q, target=None if granularity == "block" else expert_scale(q.scale, None, ends))
@@ -1112,7 +1125,7 @@ def main() -> None:
     for label, (T, D, E, topk, width) in SHAPES.items():
         print(f"\n{label}: T {T}, D {D}, E {E}, k {topk}, F {width}")
         bench_memory_bound(bench, T, D, E, topk, width, device)
-        bench_gemm(bench, T, D, E, topk, width, device)
+        bench_gemm(bench, T, D, E, topk, width, device, (128, 256, 512, 1024, 2048, None) if label == "layer" else (512, None))
 
 
 if __name__ == "__main__":

@@ -198,6 +198,23 @@ class Clock:
             torch.cuda.synchronize()
 
 
+def save_tensors(model: GPT, name: str, micro_batch, step: int, path: Path) -> None:
+    """One more micro-batch: what the middle layer's experts see in it, for `python fp8flow.py --tensors`."""
+    layer, seen = len(model.moes) // 2, {}
+    experts = model.moes[layer].experts
+
+    def keep(module, inputs, out):
+        x, probs, plan = inputs
+        chosen = plan.tile_expert.long()[plan.slot // kernels.BLOCK]
+        seen.update(x=x.detach(), probs=probs.detach(), chosen=chosen)
+        out.register_hook(lambda dout: seen.update(dout=dout))
+    handle = experts.register_forward_hook(keep)
+    micro_batch()
+    handle.remove()
+    torch.save(dict(seen, w1=experts.w1.detach(), w2=experts.w2.detach(), layer=layer, recipe=name, step=step), path)
+    print(f"  written to {path}")
+
+
 def train(name: str, recipe: Recipe, preset: Preset, train_text: Tensor, val_text: Tensor, args) -> dict:
     """Train one model; write its log, weights and a sample; return its row of compare.csv."""
     print(f"\n{name}")
@@ -259,6 +276,8 @@ def train(name: str, recipe: Recipe, preset: Preset, train_text: Tensor, val_tex
         log.close()
         torch.save({"config": asdict(preset.config), "recipe": asdict(recipe), "step": log.steps,
                     "model": model.state_dict()}, out / "model.pt")
+    if args.save_tensors:
+        save_tensors(model, name, lambda: micro_batch(rng), preset.steps, out / "tensors.pt")
     timed = preset.steps - timed_from
     row = dict(recipe=name, casts=casts, val_loss=val_loss,
                tokens_per_s=timed * preset.tokens_per_step / (clock.seconds - warm_seconds),
@@ -342,6 +361,8 @@ def parse_args(argv=None):
     switches.add_argument("--promote", type=interval, default=argparse.SUPPRESS, metavar="N|never",
                           help="elements between promotions to the fp32 accumulator (row granularity; default there: 512)")
     switches.add_argument("--recompute", action="store_true", help="save only X and the routing, run fc1 again in backward")
+    parser.add_argument("--save-tensors", action="store_true",
+                        help="after training, write what the middle layer's experts see: RECIPE/tensors.pt")
     sizes = parser.add_argument_group("sizes, over those of the preset")
     for field in fields(Preset):
         sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS)

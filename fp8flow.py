@@ -335,17 +335,17 @@ class Experts(nn.Module):
         self.recipe = recipe
         self.w1 = nn.Parameter(torch.randn(n_experts, 2 * d_expert, d_model) * d_model ** -0.5)
         self.w2 = nn.Parameter(torch.randn(n_experts, d_model, d_expert) * d_expert ** -0.5)
-        self.casts = None
+        self.operands = None
 
     def cast_weights(self) -> None:
-        self.casts = cast_weight(self.w1, self.recipe, "W1"), cast_weight(self.w2, self.recipe, "W2")
+        self.operands = cast_weight(self.w1, self.recipe, "W1"), cast_weight(self.w2, self.recipe, "W2")
 
     def forward(self, x: Tensor, probs: Tensor, plan: Plan) -> Tensor:
         """x [T, D] bf16, probs [T, K] fp32, the plan of the chosen experts -> [T, D] bf16."""
-        if self.casts is None:
+        if self.operands is None:
             raise RuntimeError("the expert weights were never cast: call cast_weights() after each change of the weights")
         layer = FP8Experts if self.recipe.precision == "fp8" else BF16Experts
-        return layer.apply(x, probs, self.w1, self.w2, *self.casts, plan, self.recipe)
+        return layer.apply(x, probs, self.w1, self.w2, *self.operands, plan, self.recipe)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,11 +367,11 @@ class Layer:
 
     def __init__(self, recipe: Recipe, x, probs, plan, w1, w2, dout):
         self.inputs, self.plan, self.dout, self.recipe = (x, probs, w1, w2), plan, dout, recipe
-        self.casts = cast_weight(w1, recipe, "W1"), cast_weight(w2, recipe, "W2")
+        self.operands = cast_weight(w1, recipe, "W1"), cast_weight(w2, recipe, "W2")
         self.function = FP8Experts if recipe.precision == "fp8" else BF16Experts
 
     def forward(self) -> Tensor:
-        return self.function.apply(*self.inputs, *self.casts, self.plan, self.recipe)
+        return self.function.apply(*self.inputs, *self.operands, self.plan, self.recipe)
 
     def step(self) -> tuple[Tensor, ...]:
         """(out, dx, dprobs, dw1, dw2)."""
@@ -498,10 +498,10 @@ def print_real(path: str, device) -> None:
     flow, used = RECIPES["flow"], (plan.tile_expert >= 0).repeat_interleave(BLOCK)
     bf16 = Layer(RECIPES["bf16"], x, probs, plan, w1, w2, dout)
     xp, dy = permute(x.detach(), plan, flow), permute(dout, plan, flow)
-    h = F.grouped_mm(xp, bf16.casts[0].mT, offs=plan.ends)
+    h = F.grouped_mm(xp, bf16.operands[0].mT, offs=plan.ends)
     prob = spread(probs.detach(), plan)
     a = kernels.swiglu(h, prob, plan.tile_expert)
-    dh, _ = kernels.swiglu_backward(F.grouped_mm(dy, bf16.casts[1], offs=plan.ends), h, prob, plan.tile_expert)
+    dh, _ = kernels.swiglu_backward(F.grouped_mm(dy, bf16.operands[1], offs=plan.ends), h, prob, plan.tile_expert)
 
     print("Operands: row scales over the tensor, in binades; SQNR in dB and share of non-zero elements that underflow")
     print(f"  {'':4}{'spread':>8}{'1x128':>19}{'row':>19}{'tile, transposed':>21}{'expert, transposed':>21}")

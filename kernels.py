@@ -864,8 +864,8 @@ def _grouped_wgrad_kernel(a, b, out, a_scale, b_scale, ends,        # a [M, slot
 def _gemm_config(per_step: bool, promote: int | None) -> dict:
     """Tile shape and pipeline depth by how often the accumulator is promoted (tuned on Hopper)."""
     if per_step or promote is not None and promote < 512:
-        return dict(BM=128, BN=128, GROUP=8, num_warps=8, num_stages=4)
-    return dict(BM=128, BN=256, GROUP=8, num_warps=8, num_stages=3)
+        return dict(BM=128, BN=128, GROUP=4, num_warps=8, num_stages=3 if per_step else 4)
+    return dict(BM=128, BN=256, GROUP=4, num_warps=8, num_stages=3)
 
 
 def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, out_block, pointers, sizes, granularity, promote) -> Tensor:

@@ -12,7 +12,7 @@ import csv
 import gc
 import hashlib
 import math
-import sys
+import os
 import sysconfig
 import time
 import zlib
@@ -60,7 +60,8 @@ PRESETS = {
     "h100": Preset(n_layers=3, d_model=2048, n_heads=16, d_expert=2048, n_experts=16, top_k=4, seq_len=1024, batch=16,
                    accumulate=2, steps=300, lr=4e-4, val_every=50, val_batches=8),
 }
-BALANCE, CLIP, WARMUP = 0.01, 1.0, 0.1      # load-balancing weight, largest gradient norm, share of the steps
+BALANCE = 0.1                               # weight of the load-balancing loss: runs are short, routing must even out fast
+CLIP, WARMUP = 1.0, 0.1                     # largest gradient norm; share of the steps
 LOG_EVERY = 10                              # steps between reads of the loss from the device
 
 
@@ -361,6 +362,8 @@ def parse_args(argv=None):
     switches.add_argument("--promote", type=interval, default=argparse.SUPPRESS, metavar="N|never",
                           help="elements between promotions to the fp32 accumulator (row granularity; default there: 512)")
     switches.add_argument("--recompute", action="store_true", help="save only X and the routing, run fc1 again in backward")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="repeat a run bit for bit on a GPU too: the expert layer always does, attention's backward only so")
     parser.add_argument("--save-tensors", action="store_true",
                         help="after training, write what the middle layer's experts see: RECIPE/tensors.pt")
     sizes = parser.add_argument_group("sizes, over those of the preset")
@@ -403,6 +406,10 @@ def main(argv=None) -> None:
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, triton {triton.__version__}, {machine}: "
           f"{'Triton kernels' if kernels.use_kernels(torch.empty(0, device=args.device)) else 'PyTorch twins (same numbers, slow)'}")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False         # the kernels write what they read
     texts = train_text.to(args.device), val_text.to(args.device)
     if args.compare is not None:
         compare(args.compare or list(RECIPES), preset, *texts, args)

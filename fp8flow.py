@@ -230,7 +230,7 @@ def transpose(q: QTensor, plan: Plan, recipe: Recipe, tensor: str, rows: Tensor 
 
 
 class FP8Experts(torch.autograd.Function):
-    """The expert layer in FP8 (paper section 3, figure 2). Margin: explicit casts, flow / naive.
+    """The expert layer in FP8, the paper's dataflow with its alternatives. Margin: explicit casts so far, flow / naive.
 
     x [T, D] bf16, probs [T, K] fp32, w1 [E, 2F, D] and w2 [E, D, F] the master weights (their gradients come in their
     dtype), q1 and q2 their (W, W^T) in FP8 -> [T, D] bf16.
@@ -244,7 +244,7 @@ class FP8Experts(torch.autograd.Function):
         if recipe.swiglu == "fused":
             aq = kernels.swiglu_quantize(h, prob, recipe.scales, recipe.granularity, plan.tile_expert)
         else:
-            aq = quantize(kernels.swiglu(h, prob, plan.tile_expert), recipe, "A", "forward")  # 0 / 1   Q(A)
+            aq = quantize(kernels.swiglu(h, prob, plan.tile_expert), recipe, "A", "forward")  # 1 / 2   Q(A)
         y = gemm(aq, q2[0], plan, recipe)                                                     #         fprop
         ctx.plan, ctx.recipe, ctx.q1, ctx.q2 = plan, recipe, q1, q2
         ctx.dtypes = w1.dtype, w2.dtype
@@ -451,7 +451,8 @@ def print_layer_times(device) -> None:
           "\nkind of kernel, ms; MB held for backward; SQNR in dB of (out, dx, dprobs, dw1, dw2) against the bf16 layer")
     for shape in LAYERS:
         print("T {}, D {}, F {}, E {}, k {}".format(*shape))
-        print(f"  {'':22}{'ms':>8}{'x bf16':>8}{'Python':>8}" + "".join(f"{k:>10}" for k in (*SHARES, "other")) + f"{'held MB':>10}{'x bf16':>8}{'peak MB':>9}   SQNR")
+        print(f"  {'':22}{'ms':>8}{'x bf16':>8}{'Python':>8}" + "".join(f"{k:>10}" for k in (*SHARES, "other"))
+              + f"{'held MB':>10}{'x bf16':>8}{'peak MB':>9}   SQNR")
         inputs = random_layer(*shape, device, torch.bfloat16)               # bf16 masters: every recipe writes bf16 gradients
         base = None
         for name, recipe in VARIANTS.items():
@@ -512,7 +513,7 @@ def print_real(path: str, device) -> None:
         for granularity in ("block", "row"):
             q = kernels.quantize(t, granularity=granularity)
             target = kernels.expert_scale(q.scale, None, plan.ends) if granularity == "row" else None
-            results += [kernels.dequantize(q), kernels.dequantize(kernels.scaling_aware_transpose(q, target=target, tiles=None)).t()]
+            results += [kernels.dequantize(q), kernels.dequantize(kernels.scaling_aware_transpose(q, target=target)).t()]
         scales = q.scale[0][rows & (t != 0).any(1)].log2()
         cells = [f"{kernels.sqnr(y[rows], t[rows]):8.2f} ({100 * ((y == 0) & (t != 0))[rows].sum() / (t != 0)[rows].sum():6.3f}%)"
                  for y in (results[0], results[2], results[1], results[3])]

@@ -15,7 +15,7 @@ scaling-aware transpose possible: row-wise FP8 becomes column-wise FP8 without a
 
 Reading order: QTensor, quantize, scaling_aware_transpose, swiglu_quantize, gather_rows, grouped_gemm.
 Each operation is three things: `op_ref` (the twin: the specification, any device), `_op_kernel` (Triton), and `op`,
-which runs the kernel on GPUs that have FP8 (and under TRITON_INTERPRET=1) and the twin anywhere else.
+which runs the kernel on Hopper and later (and under TRITON_INTERPRET=1) and the twin anywhere else.
 Run `python kernels.py` to time each kernel against the ceiling of the machine.
 
 Shapes: R rows, C columns of any matrix; T tokens, M padded token slots, F expert width, E experts; GEMM M, N, K.
@@ -66,25 +66,22 @@ class QTensor(NamedTuple):
     def cols_per_scale(self) -> int:
         return self.data.shape[-1] // self.scale.shape[-2]
 
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes + self.scale.nbytes
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where a kernel runs
 
-@lru_cache
-def _has_fp8(device_index: int) -> bool:
+@lru_cache                                                          # says so once
+def _is_hopper(device_index: int) -> bool:
     capability = torch.cuda.get_device_capability(device_index)
-    if capability < (8, 9):
-        warnings.warn(f"compute capability {capability} has no FP8: the PyTorch twins run, same numbers, slowly")
-    return capability >= (8, 9)
+    if capability < (9, 0):
+        warnings.warn(f"compute capability {capability[0]}.{capability[1]}: the kernels need 9.0 (FP8 tensor cores fed by TMA), "
+                      "so the PyTorch twins run: same numbers, slowly")
+    return capability >= (9, 0)
 
 
 def use_kernels(x: Tensor) -> bool:
-    """True where Triton kernels run: CUDA with FP8 (compute capability >= 8.9), or any tensor in the interpreter."""
-    return INTERPRET or (x.is_cuda and _has_fp8(x.device.index))
+    """True where Triton kernels run: CUDA from compute capability 9.0 on, or any tensor in the interpreter."""
+    return INTERPRET or (x.is_cuda and _is_hopper(x.device.index))
 
 
 @lru_cache
@@ -131,11 +128,6 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
         scale = torch.where(finite, scale, SCALE_MIN).clamp(min=SCALE_MIN)
         factor = 1 / scale
     return scale, torch.where(finite, factor, torch.nan)
-
-
-def given_scale(amax: Tensor, scales: str) -> Tensor:
-    """A scale for a quantizer that will not see the maximum: NaN where the data is not finite."""
-    return torch.where(amax.isfinite(), scale_of(amax, scales)[0], torch.nan)
 
 
 @triton.jit
@@ -202,7 +194,7 @@ def quantize_ref(x: Tensor, scales: str = "pow2", granularity: str = "block", sc
 @triton.jit
 def _quantize_kernel(x, data, scale, R, C,  # x [R, C] bf16 or fp32, data [R, C] uint8, scale [C/COLS, R] fp32
                      POW2: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Grid (R/ROWS, C/COLS). Reads 2RC, writes RC bytes: 1.5 times less than a BF16 copy."""
+    """Grid (R/ROWS, C/COLS). Reads 2RC, writes RC bytes: three quarters of a BF16 copy."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     live = (row < R)[:, None] & (col < C)[None, :]
@@ -219,7 +211,7 @@ def _quantize_kernel(x, data, scale, R, C,  # x [R, C] bf16 or fp32, data [R, C]
 
 
 def quantize(x: Tensor, scales: str = "pow2", granularity: str = "block", scale: Tensor | None = None) -> QTensor:
-    """Row-wise quantization (paper section 3.1; scales rounded up to powers of two).
+    """Row-wise quantization; the paper rounds scales up to powers of two.
 
     x [R, C] bf16, fp16 or fp32, C a multiple of 128.  scales "pow2" | "fp32".  granularity "block" (1x128, scale
     [C/128, R]) | "row" (scale [1, R]).  scale: use this one instead of finding it, block granularity's shape.
@@ -236,7 +228,7 @@ def quantize(x: Tensor, scales: str = "pow2", granularity: str = "block", scale:
     cols = BLOCK if granularity == "block" else triton.next_power_of_2(C)
     q = QTensor(torch.empty_like(x, dtype=FP8),
                 x.new_empty(triton.cdiv(C, cols), R, dtype=torch.float32) if scale is None else scale, scales)
-    rows = max(1, 8192 // cols)
+    rows = max(1, 8192 // cols)                             # 8192 elements a program, 32 a thread
     _quantize_kernel[triton.cdiv(R, rows), triton.cdiv(C, cols)](
         x, _bytes(q.data), q.scale, R, C, scales == "pow2", scale is not None, rows, cols, num_warps=8)
     return q
@@ -402,7 +394,7 @@ def _scaling_aware_transpose_kernel(data, scale, rows, target, tile_expert, out,
 
 def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None, target: Tensor | None = None,
                             tiles: Tensor | None = None) -> QTensor:
-    """Row-wise FP8 [M, C] -> column-wise FP8 [C, M] without leaving FP8 (paper section 3.2, algorithm 1).
+    """Row-wise FP8 [M, C] -> column-wise FP8 [C, M] without leaving FP8: the paper's central kernel.
 
     In each 128x128 tile the largest row scale S becomes the tile's scale, and the codes of a row with scale s move down
     by k = log2(S/s) binades: exact while they stay normal, nearest-even below 2^-6, NaN and -0 kept.
@@ -485,7 +477,7 @@ def expert_scale(scale: Tensor, rows: Tensor | None, ends: Tensor) -> Tensor:
     if not use_kernels(scale):
         return expert_scale_ref(scale, rows, ends)
     top = scale.new_empty((scale.shape[1] if rows is None else len(rows)) // BLOCK)
-    _expert_scale_kernel[len(ends),](scale, rows, ends, top, 4096, BLOCK, num_warps=8)
+    _expert_scale_kernel[len(ends),](scale, rows, ends, top, 8192, BLOCK, num_warps=16)
     return top
 
 
@@ -500,7 +492,7 @@ def column_scale(x: Tensor, ends: Tensor, scales: str) -> Tensor:
     for e in range(len(ends)):
         mine = (tile >= begin[e]) & (tile < begin[e + 1])
         amax = torch.where(mine, torch.where(mine, amax, 0).amax(0), amax)
-    return given_scale(amax, scales)
+    return torch.where(amax.isfinite(), scale_of(amax, scales)[0], torch.nan)     # the quantizer will not see the maximum
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -610,7 +602,7 @@ def _launch_swiglu(h, prob, tiles, a, scale, scales, granularity):
     M, width = h.shape[0], h.shape[1] // 2
     row = granularity == "row"
     cols = triton.next_power_of_2(width) if row else math.gcd(width, 2048)
-    rows = max(1, 2048 // cols)
+    rows = max(1, 2048 // cols)                             # 2048 outputs a program, 16 a thread
     _swiglu_kernel[triton.cdiv(M, rows), triton.cdiv(width, cols)](
         h, prob, a, scale, tiles, M, width, scale is not None, scales == "pow2", rows, cols, cols if row else BLOCK, BLOCK,
         num_warps=4)
@@ -631,7 +623,7 @@ def swiglu(h: Tensor, prob: Tensor, tiles: Tensor | None = None) -> Tensor:
 
 def swiglu_quantize(h: Tensor, prob: Tensor, scales: str = "pow2", granularity: str = "block",
                     tiles: Tensor | None = None) -> QTensor:
-    """SwiGLU that emits FP8 (paper section 3.3): `swiglu`, then `quantize`, without the BF16 tensor between them."""
+    """SwiGLU that emits FP8 (a fused operator of the paper): `swiglu`, then `quantize`, without the BF16 tensor between them."""
     _check_blocks("h", h.chunk(2, -1)[0], 1)
     if not use_kernels(h):
         return swiglu_quantize_ref(h, prob, scales, granularity)
@@ -653,7 +645,7 @@ def swiglu_backward(da: Tensor, h: Tensor, prob: Tensor, tiles: Tensor | None = 
 
 def swiglu_backward_quantize(da: Tensor, h: Tensor, prob: Tensor, scales: str = "pow2", granularity: str = "block",
                              tiles: Tensor | None = None, again: bool = True) -> tuple[QTensor, Tensor, QTensor | None]:
-    """SwiGLU backward that emits FP8 (paper section 3.3): dh [M, 2F] row-wise, dprob [M] fp32, and, where `again`,
+    """SwiGLU backward that emits FP8 (a fused operator of the paper): dh [M, 2F] row-wise, dprob [M] fp32, and, where `again`,
     a [M, F] row-wise once more, recomputed from the h that is at hand, for the weight gradient of fc2."""
     _check_blocks("da", da, 1)
     if not use_kernels(h):
@@ -698,7 +690,7 @@ def _gather_rows_kernel(x, scale, rows, tile_expert, out, out_scale,  # x [T, C]
 
 
 def gather_rows(x, rows: Tensor, tiles: Tensor | None = None):
-    """out[i] = x[rows[i]], zeros (with the smallest scale) where rows[i] is -1 (paper section 3.3, permute+pad).
+    """out[i] = x[rows[i]], zeros (with the smallest scale) where rows[i] is -1: the paper's fused permute+pad.
 
     x [T, C] bf16 or QTensor, C a multiple of 128; rows [M] int64 -> [M, C] of the same kind.
     tiles [M/128] int32: skip tiles marked -1; their rows stay undefined and no kernel reads them.
@@ -742,7 +734,8 @@ def sum_rows(x: Tensor, slots: Tensor) -> Tensor:
     if not use_kernels(x):
         return sum_rows_ref(x, slots)
     (T, topk), C = slots.shape, x.shape[1]
-    cols, rows = math.gcd(C, 1024), 4
+    cols = math.gcd(C, 2048)
+    rows = 2048 // cols
     out = x.new_empty(T, C)
     _sum_rows_kernel[triton.cdiv(T, rows), C // cols](x, slots, out, T, C, topk, rows, cols, num_warps=4)
     return out
@@ -789,11 +782,13 @@ def _accumulate(a, b, row_a, row_b, begin, end,                     # TMA descri
     Else the scales hold for the whole sum, and a promotion comes every PROMOTE steps (0: never).
     """
     acc = tl.zeros((BM, BN), tl.float32)
+    a_limit = tl.where(end > begin, a_rows, 0)                      # an empty expert has no scales to read
+    b_limit = tl.where(end > begin, b_rows, 0)
     if PER_STEP:
         # The scales are loaded a step ahead and multiplied in their own step: multiplied where they are loaded, the
         # compiler puts the wait for them between two MMA instructions.
-        sa = _load_scale(a_scale + begin * (a_rows // A_PER), scale_row_a, a_rows, A_PER, BM, 0)
-        sb = _load_scale(b_scale + begin * (b_rows // B_PER), scale_row_b, b_rows, B_PER, BN, 1)
+        sa = _load_scale(a_scale + begin * (a_rows // A_PER), scale_row_a, a_limit, A_PER, BM, 0)
+        sb = _load_scale(b_scale + begin * (b_rows // B_PER), scale_row_b, b_limit, B_PER, BN, 1)
         for k in range(begin, end):
             ahead = tl.minimum(k + 1, end - 1)
             next_sa = _load_scale(a_scale + ahead * (a_rows // A_PER), scale_row_a, a_rows, A_PER, BM, 0)
@@ -809,9 +804,8 @@ def _accumulate(a, b, row_a, row_b, begin, end,                     # TMA descri
                     acc += partial
                     partial = tl.zeros((BM, BN), tl.float32)
         acc = partial if PROMOTE == 0 else acc + partial
-        some = end > begin                                          # an empty expert has no tile to read a scale from
-        acc *= (_load_scale(a_scale, scale_row_a, tl.where(some, a_rows, 0), A_PER, BM, 0)
-                * _load_scale(b_scale, scale_row_b, tl.where(some, b_rows, 0), B_PER, BN, 1))
+        acc *= (_load_scale(a_scale, scale_row_a, a_limit, A_PER, BM, 0)
+                * _load_scale(b_scale, scale_row_b, b_limit, B_PER, BN, 1))
     return acc
 
 
@@ -861,11 +855,12 @@ def _grouped_wgrad_kernel(a, b, out, a_scale, b_scale, ends,        # a [M, slot
         out.store([e * M + m * BM, n * BN + BN // 2], right.to(out.dtype))
 
 
-def _gemm_config(per_step: bool, promote: int | None) -> dict:
-    """Tile shape and pipeline depth by how often the accumulator is promoted (tuned on Hopper)."""
-    if per_step or promote is not None and promote < 512:
-        return dict(BM=128, BN=128, GROUP=4, num_warps=8, num_stages=3 if per_step else 4)
-    return dict(BM=128, BN=256, GROUP=4, num_warps=8, num_stages=3)
+def _gemm_config(granularity: str, promote: int | None, wgrad: bool) -> dict:
+    """Tile shape and pipeline depth, tuned on Hopper. A wide tile wins once its two accumulators, which fill the register
+    file together, are both touched rarely."""
+    if promote is None or promote >= (512 if wgrad else 1024):
+        return dict(BM=128, BN=256, GROUP=4, num_warps=8, num_stages=3)
+    return dict(BM=128, BN=128, GROUP=4, num_warps=8, num_stages=3 if granularity == "block" else 4)
 
 
 def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, out_block, pointers, sizes, granularity, promote) -> Tensor:
@@ -875,13 +870,12 @@ def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, out_block, pointer
     if granularity == "block" and promote != BLOCK:
         raise ValueError(f"promote={promote} needs granularity 'row': block scales change every {BLOCK} elements, "
                          "and each step is promoted with its own")
-    per_step = granularity == "block"
-    config = _gemm_config(per_step, promote)
+    config = _gemm_config(granularity, promote, kernel is _grouped_wgrad_kernel)
     programs, tma = _programs(out.device), TensorDescriptor.from_tensor
     kernel[programs,](
         tma(a.data, [config["BM"], BLOCK]), tma(b.data.flatten(0, -2), [config["BN"], BLOCK]),
         tma(out.flatten(0, -2), out_block(config["BM"], config["BN"])), a.scale, b.scale, *pointers, *sizes,
-        A_PER=a.rows_per_scale, B_PER=b.rows_per_scale, PER_STEP=per_step, PROMOTE=(promote or 0) // BLOCK,
+        A_PER=a.rows_per_scale, B_PER=b.rows_per_scale, PER_STEP=granularity == "block", PROMOTE=(promote or 0) // BLOCK,
         BK=BLOCK, PROGRAMS=programs, **config)
     return out
 
@@ -978,9 +972,9 @@ def print_promotion(device) -> None:
         print(f"{promote or 'never':<16}" + " ".join(f"{c:>21}" for c in cells))
 
 
-SHAPES = {  # tokens, hidden, experts, top-k, expert width: the paper's four, the h100 preset's, the reference layer
-    "paper 1": (4096, 1280, 64, 7, 1024), "paper 2": (4096, 2048, 64, 6, 1408), "paper 3": (4096, 5120, 160, 6, 1536),
-    "paper 4": (4096, 7168, 256, 8, 2048), "preset": (16384, 2048, 16, 4, 2048), "layer": (16384, 2048, 8, 2, 2048),
+SHAPES = {  # tokens, hidden, experts, top-k, expert width: the reference layer, the h100 preset's, the paper's four
+    "layer": (16384, 2048, 8, 2, 2048), "preset": (16384, 2048, 16, 4, 2048), "paper 1": (4096, 1280, 64, 7, 1024),
+    "paper 2": (4096, 2048, 64, 6, 1408), "paper 3": (4096, 5120, 160, 6, 1536), "paper 4": (4096, 7168, 256, 8, 2048),
 }
 
 

@@ -257,9 +257,9 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if not use_kernels(q.data) or q.data.ndim != 2:
         return dequantize_ref(q, dtype)
     R, C = q.shape
-    out = torch.empty_like(q.data, dtype=dtype)
+    out = q.data.new_empty(R, C, dtype=dtype)
     _dequantize_kernel[triton.cdiv(R, 64), C // BLOCK](
-        _bytes(q.data), q.scale, out, R, C, q.rows_per_scale, q.cols_per_scale, 64, BLOCK, num_warps=8)
+        _bytes(q.data.contiguous()), q.scale.contiguous(), out, R, C, q.rows_per_scale, q.cols_per_scale, 64, BLOCK, num_warps=8)
     return out
 
 
@@ -416,7 +416,7 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None, target: Tens
     scales = q.scale.shape[0]
     out = QTensor(q.data.new_empty(C, M), q.scale.new_empty(M // BLOCK, scales))
     _scaling_aware_transpose_kernel[M // BLOCK, C // BLOCK](
-        _bytes(q.data), q.scale, rows, target, tiles, _bytes(out.data), out.scale, T, C, M, scales, BLOCK, num_warps=4)
+        _bytes(q.data.contiguous()), q.scale.contiguous(), rows, target, tiles, _bytes(out.data), out.scale, T, C, M, scales, BLOCK, num_warps=4)
     return out
 
 
@@ -437,7 +437,7 @@ def transpose(x: Tensor) -> Tensor:
     if not use_kernels(x):
         return x.t().contiguous()
     _check_blocks("x", x, 0, 1)
-    (R, C), out = x.shape, x.new_empty(x.shape[::-1])
+    x, (R, C), out = x.contiguous(), x.shape, x.new_empty(x.shape[::-1])
     _transpose_kernel[C // BLOCK, R // BLOCK](x, out, R, C, BLOCK, num_warps=8)
     return out
 
@@ -599,12 +599,12 @@ def _empty_q(like: Tensor, R: int, C: int, scales: str, granularity: str) -> QTe
 
 
 def _launch_swiglu(h, prob, tiles, a, scale, scales, granularity):
-    M, width = h.shape[0], h.shape[1] // 2
+    h, M, width = h.contiguous(), h.shape[0], h.shape[1] // 2
     row = granularity == "row"
     cols = triton.next_power_of_2(width) if row else math.gcd(width, 2048)
     rows = max(1, 2048 // cols)                             # 2048 outputs a program, 16 a thread
     _swiglu_kernel[triton.cdiv(M, rows), triton.cdiv(width, cols)](
-        h, prob, a, scale, tiles, M, width, scale is not None, scales == "pow2", rows, cols, cols if row else BLOCK, BLOCK,
+        h, prob.contiguous(), a, scale, tiles, M, width, scale is not None, scales == "pow2", rows, cols, cols if row else BLOCK, BLOCK,
         num_warps=4)
 
 
@@ -637,6 +637,7 @@ def swiglu_backward(da: Tensor, h: Tensor, prob: Tensor, tiles: Tensor | None = 
     _check_blocks("da", da, 1)
     if not use_kernels(h):
         return swiglu_backward_ref(da, h, prob)
+    da, h, prob = da.contiguous(), h.contiguous(), prob.contiguous()
     dh, dprob = torch.empty_like(h), torch.empty_like(prob)
     _swiglu_backward_kernel[len(h),](da, h, prob, tiles, dh, None, dprob, None, None, *da.shape, False, False, False,
                                      triton.next_power_of_2(da.shape[1]), BLOCK)
@@ -651,7 +652,7 @@ def swiglu_backward_quantize(da: Tensor, h: Tensor, prob: Tensor, scales: str = 
     if not use_kernels(h):
         dh, dprob, a = swiglu_backward_quantize_ref(da, h, prob, scales, granularity)
         return dh, dprob, a if again else None
-    M, width = da.shape
+    da, h, prob, (M, width) = da.contiguous(), h.contiguous(), prob.contiguous(), da.shape
     dh, dprob = _empty_q(h, M, 2 * width, scales, granularity), torch.empty_like(prob)
     a = _empty_q(h, M, width, scales, granularity) if again else None
     _swiglu_backward_kernel[M,](da, h, prob, tiles, _bytes(dh.data), dh.scale, dprob, *((_bytes(a.data), a.scale) if again
@@ -695,7 +696,7 @@ def gather_rows(x, rows: Tensor, tiles: Tensor | None = None):
     x [T, C] bf16 or QTensor, C a multiple of 128; rows [M] int64 -> [M, C] of the same kind.
     tiles [M/128] int32: skip tiles marked -1; their rows stay undefined and no kernel reads them.
     """
-    data, scale = (_bytes(x.data), x.scale) if isinstance(x, QTensor) else (x, None)
+    data, scale = (_bytes(x.data.contiguous()), x.scale.contiguous()) if isinstance(x, QTensor) else (x.contiguous(), None)
     _check_blocks("x", data, 1)
     if not use_kernels(data):
         return gather_rows_ref(x, rows)
@@ -733,7 +734,7 @@ def sum_rows(x: Tensor, slots: Tensor) -> Tensor:
     _check_blocks("x", x, 1)
     if not use_kernels(x):
         return sum_rows_ref(x, slots)
-    (T, topk), C = slots.shape, x.shape[1]
+    x, slots, (T, topk), C = x.contiguous(), slots.contiguous(), slots.shape, x.shape[1]
     cols = math.gcd(C, 2048)
     rows = 2048 // cols
     out = x.new_empty(T, C)

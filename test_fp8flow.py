@@ -359,6 +359,19 @@ def test_gather_and_sum_rows(T, C, M):
         assert torch.equal(kernels.sum_rows(x, slots), kernels.sum_rows_ref(x, slots))
 
 
+def test_views_are_taken_as_they_read():
+    """A transposed view goes in as its contiguous copy would."""
+    x, prob = data("plain", 256, 128).t(), torch.rand(128, 2, generator=torch.Generator().manual_seed(7)).to(DEVICE)[:, 0]
+    assert same_bits(kernels.quantize(x), kernels.quantize(x.contiguous()))
+    assert same_bits(kernels.swiglu_quantize(x, prob), kernels.swiglu_quantize(x.contiguous(), prob.contiguous()))
+    rows = torch.arange(128, device=DEVICE)
+    assert torch.equal(kernels.gather_rows(x, rows), x)
+    assert torch.equal(kernels.sum_rows(x, rows[:, None]), x)
+    da = data("plain", 128, 128, seed=1).t()
+    for a, b in zip(kernels.swiglu_backward(da, x, prob), kernels.swiglu_backward(da.contiguous(), x.contiguous(), prob.contiguous())):
+        assert torch.equal(a, b)
+
+
 def test_gather_skips_unused_tiles():
     x, rows = data("plain", 4, 128), torch.zeros(384, dtype=torch.int64, device=DEVICE)
     tiles = torch.tensor([0, -1, 2], dtype=torch.int32, device=DEVICE)
@@ -706,7 +719,7 @@ def test_train_refuses(tmp_path, capsys):
              (["--data", str(tmp_path / "none")], "does not exist"), (["--data", str(tmp_path / "empty.txt")], "no text"),
              (["--data", str(tmp_path / "short.txt")], "too short"), (["--data", str(tmp_path / "folder")], "no text"),
              (["--recipe", "bf16", "--swiglu", "fused"], "--swiglu"), (["--compare", "--scales", "pow2"], "--scales"),
-             (["--steps", "0"], "--steps"), (["--lr", "0"], "--lr"), (["--compare", "fp4"], "fp4")]
+             (["--steps", "0"], "steps=0"), (["--lr", "0"], "lr=0"), (["--compare", "fp4"], "fp4")]
     if not CUDA:
         cases.append((["--device", "cuda"], "--device cuda"))
     out = tmp_path / "out"

@@ -29,15 +29,9 @@ from fp8flow import CHOICES, RECIPES, Recipe, count_casts, switch
 from model import GPT, GPTConfig
 
 
-@dataclass(frozen=True)
-class Preset:
-    n_layers: int
-    d_model: int
-    n_heads: int
-    d_expert: int
-    n_experts: int
-    top_k: int
-    seq_len: int
+@dataclass(frozen=True, kw_only=True)
+class Preset(GPTConfig):
+    """The model's sizes and how it is trained."""
     batch: int              # sequences a micro-batch
     accumulate: int         # micro-batches a step
     steps: int
@@ -45,9 +39,17 @@ class Preset:
     val_every: int          # steps
     val_batches: int        # micro-batches
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch", "accumulate", "steps", "val_every", "val_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr} must be positive")
+
     @property
     def config(self) -> GPTConfig:
-        return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig) if hasattr(self, f.name)})
+        return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig)})
 
     @property
     def tokens_per_step(self) -> int:
@@ -368,7 +370,8 @@ def parse_args(argv=None):
                         help="after training, write what the middle layer's experts see: RECIPE/tensors.pt")
     sizes = parser.add_argument_group("sizes, over those of the preset")
     for field in fields(Preset):
-        sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS)
+        if field.name != "vocab":                           # bytes are bytes
+            sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS)
     args = parser.parse_args(argv)
 
     flipped = {name: getattr(args, name) for name in (*CHOICES, "promote") if hasattr(args, name)}
@@ -380,18 +383,12 @@ def parse_args(argv=None):
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here; use --device cpu")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    preset = PRESETS[args.preset or ("h100" if args.device == "cuda" else "tiny")]
-    preset = replace(preset, **{f.name: getattr(args, f.name) for f in fields(Preset) if hasattr(args, f.name)})
-    for name in ("batch", "accumulate", "steps", "val_every", "val_batches"):
-        if getattr(preset, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(preset, name)} must be at least 1")
-    if not preset.lr > 0:
-        parser.error(f"--lr {preset.lr} must be positive")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         parser.error(f"--out {args.out!r} is a file: name a folder")
     try:
         recipe = switch(RECIPES[args.recipe or "flow"], recompute=args.recompute, **flipped)
-        preset.config
+        preset = replace(PRESETS[args.preset or ("h100" if args.device == "cuda" else "tiny")],
+                         **{f.name: getattr(args, f.name) for f in fields(Preset) if hasattr(args, f.name)})
         files, what = read_corpus(args.data)
         train_text, val_text, how = split_corpus(files, preset.seq_len)
     except ValueError as error:

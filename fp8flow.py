@@ -447,6 +447,7 @@ def time_shares(step) -> dict[str, float]:
 
 def print_layer_times(device) -> None:
     import triton
+    bench = kernels.Bench(device)
     print("\nThe layer, forward + backward, weights already cast: median ms as a CUDA graph, and launched from Python; GPU time by"
           "\nkind of kernel, ms; MB held for backward; SQNR in dB of (out, dx, dprobs, dw1, dw2) against the bf16 layer")
     for shape in LAYERS:
@@ -475,6 +476,9 @@ def print_layer_times(device) -> None:
                   + f"{held:10.1f}{held / base[1]:8.2f}{peak:9.0f}   {quality}", flush=True)
             del layer, results
         del inputs, base
+        T, D, width, E, K = shape
+        print("  its GEMMs alone, experts of equal size")
+        kernels.bench_gemm(bench, T, D, E, K, width, device, (512, None))
 
 
 def spread_of(x: Tensor, ref: Tensor, axis: int) -> str:

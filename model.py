@@ -116,14 +116,14 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** 0.5)
             nn.init.normal_(block.moe.experts.w1, std=0.02)
         nn.init.normal_(self.position, std=0.02)
-        self.cast_weights()
 
     @property
     def moes(self) -> list[MoE]:
         return [block.moe for block in self.blocks]
 
     def cast_weights(self) -> None:
-        """Write the experts' weights in the precision of the recipe: after every optimizer step and every load."""
+        """Write the experts' weights in the precision of the recipe: before the first forward, and after every optimizer
+        step, load and move to another device."""
         for moe in self.moes:
             moe.experts.cast_weights()
 

@@ -690,6 +690,24 @@ def test_what_the_commands_explain(capsys, monkeypatch):
     assert fp32_once - fp32_twice > 2 and pow2_once - pow2_twice < 0.1 and pow2_once - direct < 0.1
 
 
+def test_bench_lines(capsys, monkeypatch):
+    """Every benchmark line runs what it names; the clock is a stub here."""
+    if not CUDA:
+        monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
+    monkeypatch.setattr(kernels.Bench, "__init__", lambda self: vars(self).update(copy=1.0, bf16=1.0, fp8=1.0))
+    monkeypatch.setattr(kernels.Bench, "us", staticmethod(lambda fn: (fn(), 2.0)[1]))
+    kernels.bench_memory_bound(kernels.Bench(), 64, 128, 2, 1, 128, DEVICE)
+    kernels.bench_gemm(kernels.Bench(), 64, 128, 2, 1, 128, DEVICE, (128, 512, None))
+    printed = capsys.readouterr().out
+    for line in ("quantize 1x128", "permute+pad FP8", "scaling-aware transpose", "SwiGLU backward+quantize", "fc1 fprop bf16",
+                 "fc2 dgrad FP8 block 128", "fc2 wgrad FP8 row never"):
+        assert line in printed
+    rows, slots, tiles, ends = kernels.balanced_routing(64, 2, 3, DEVICE)
+    live = rows >= 0
+    assert live.sum() == 64 * 3 // 2 * 2 and torch.equal(rows[slots], torch.arange(64, device=DEVICE)[:, None].expand(-1, 3))
+    assert len(tiles) * BLOCK == len(rows) == ends[-1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what is refused
 

@@ -864,13 +864,16 @@ def _gemm_config(granularity: str, promote: int | None, wgrad: bool) -> dict:
     return dict(BM=128, BN=128, GROUP=4, num_warps=8, num_stages=3 if granularity == "block" else 4)
 
 
-def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, out_block, pointers, sizes, granularity, promote) -> Tensor:
+def _check_interval(granularity: str, promote: int | None) -> None:
     _check_choice("granularity", granularity, ("block", "row"))
     if promote is not None and (promote < BLOCK or promote % BLOCK):
         raise ValueError(f"promote={promote} is no interval: give a multiple of {BLOCK}, or None for never")
     if granularity == "block" and promote != BLOCK:
         raise ValueError(f"promote={promote} needs granularity 'row': block scales change every {BLOCK} elements, "
                          "and each step is promoted with its own")
+
+
+def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, out_block, pointers, sizes, granularity, promote) -> Tensor:
     config = _gemm_config(granularity, promote, kernel is _grouped_wgrad_kernel)
     programs, tma = _programs(out.device), TensorDescriptor.from_tensor
     kernel[programs,](
@@ -889,7 +892,9 @@ def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor, gran
     tile_expert [M/128] int32: the expert of each row tile, -1 past the last one (those rows stay undefined).
     ends [E] int32: where each expert's rows end.
     promote: elements of K between promotions to the fp32 accumulator, None for never; with "block" it is 128.
+    Raises ValueError for another interval.
     """
+    _check_interval(granularity, promote)
     if not use_kernels(a.data):
         return grouped_gemm_ref(a, b, tile_expert)
     (M, K), (E, N, _) = a.shape, b.shape
@@ -905,6 +910,7 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, granularity: str = "bloc
     per expert (or per column and expert), repeated in each of its tiles.  ends [E] int32: end of each expert's slots.
     promote: slots between promotions. Returns [E, M, N] of `dtype`.
     """
+    _check_interval(granularity, promote)
     if not use_kernels(a.data):
         return grouped_wgrad_ref(a, b, ends, dtype)
     M, N, E = a.shape[0], b.shape[0], len(ends)

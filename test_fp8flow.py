@@ -453,7 +453,10 @@ def test_grouped_wgrad(M, N, counts, promote, operands):
             begin = end
 
 
-def test_promote_is_checked():
+@pytest.mark.parametrize("twin", [False, True])
+def test_promote_is_checked(twin, monkeypatch):
+    if twin:
+        monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
     tile_expert, ends = expert_tiles([1])
     a = kernels.quantize(data("plain", 256, 256))
     b, _ = kernels.quantize_weight(data("plain", 128, 256).view(1, 128, 256))

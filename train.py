@@ -58,7 +58,7 @@ class Preset(GPTConfig):
 
 PRESETS = {
     "tiny": Preset(n_layers=2, d_model=128, n_heads=4, d_expert=128, n_experts=4, top_k=2, seq_len=128, batch=8,
-                   accumulate=1, steps=400, lr=3e-3, val_every=100, val_batches=8),
+                   accumulate=1, steps=300, lr=3e-3, val_every=100, val_batches=8),
     "h100": Preset(n_layers=3, d_model=2048, n_heads=16, d_expert=2048, n_experts=16, top_k=4, seq_len=1024, batch=16,
                    accumulate=2, steps=300, lr=4e-4, val_every=50, val_batches=8),
 }
@@ -345,13 +345,21 @@ def draw_losses(names: list[str], out: Path) -> None:
 # command line
 
 def interval(text: str) -> int | None:
+    if text != "never" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no interval: give a multiple of {kernels.BLOCK}, or never")
     return None if text == "never" else int(text)
+
+
+def recipe_name(text: str) -> str:
+    if text not in RECIPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no recipe: choose from {', '.join(RECIPES)}")
+    return text
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="train.py", description="Train a small MoE GPT in BF16, naive FP8 or casting-free FP8.")
     parser.add_argument("--recipe", choices=RECIPES, help="what to train (default: flow)")
-    parser.add_argument("--compare", nargs="*", choices=[*RECIPES, []], metavar="RECIPE",
+    parser.add_argument("--compare", nargs="*", type=recipe_name, metavar="RECIPE",
                         help="train these recipes (default: all) one after the other on the same seed and batches")
     parser.add_argument("--preset", choices=PRESETS, help="default: h100 with a GPU, tiny without")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")

@@ -773,7 +773,7 @@ def test_training(tmp_path):
         log = read_log(tmp_path / "a" / row["recipe"] / "log.csv")
         losses = [float(r["loss"]) for r in log]
         assert len(log) == 30 and losses[0] > 5 and losses[-1] < 3.6                # ln 256 = 5.5 at the start
-        assert abs(float(row["delta_pct"])) < 1                                     # four seeds of bf16 span 0.36% after 30 steps
+        assert abs(float(row["delta_pct"])) < 0.5                                   # 0.04% at the most over three seeds on a CPU
         assert abs(sum(float(log[-1][f"load_{e}"]) for e in range(4)) - 1) < 1e-3
         assert (tmp_path / "a" / row["recipe"] / "model.pt").exists() and (tmp_path / "a" / row["recipe"] / "sample.txt").exists()
     assert train("--recipe", "flow", *small, out=tmp_path / "b").returncode == 0

@@ -58,7 +58,7 @@ class Preset(GPTConfig):
 
 PRESETS = {
     "tiny": Preset(n_layers=2, d_model=128, n_heads=4, d_expert=128, n_experts=4, top_k=2, seq_len=128, batch=8,
-                   accumulate=1, steps=300, lr=3e-3, val_every=100, val_batches=8),
+                   accumulate=1, steps=300, lr=1e-3, val_every=100, val_batches=8),
     "h100": Preset(n_layers=3, d_model=2048, n_heads=16, d_expert=2048, n_experts=16, top_k=4, seq_len=1024, batch=16,
                    accumulate=2, steps=300, lr=4e-4, val_every=50, val_batches=8),
 }

@@ -58,7 +58,7 @@ class Recipe:
     scales      "pow2" | "fp32" (amax/448).
     granularity "block": 1x128 and 128x128 | "row": one scale along the whole reduction.
     promote     elements between promotions to the fp32 accumulator, a multiple of 128; None: never.
-    recompute   save only X and the routing, run fc1 again in backward.
+    recompute   save only X and the routing, run fc1 again in backward (swiglu=unfused keeps A too: a cast would make it).
     Raises ValueError for a combination that has no meaning.
     """
     precision: str = "fp8"
@@ -72,16 +72,11 @@ class Recipe:
 
     def __post_init__(self):
         for name, choices in {"precision": ("fp8", "bf16"), **CHOICES}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
+            kernels.check_choice(name, getattr(self, name), choices)
         if self.transpose == "direct" and self.scales == "fp32":
             raise ValueError("transpose=direct needs scales=pow2: it shifts exponents, and the ratio of two fp32 scales "
                              "is no power of two; use scales=pow2 or transpose=requant")
-        if self.promote is not None and (self.promote < BLOCK or self.promote % BLOCK):
-            raise ValueError(f"promote={self.promote} is no interval: give a multiple of {BLOCK}, or never")
-        if self.granularity == "block" and self.promote != BLOCK:
-            raise ValueError(f"promote={self.promote or 'never'} needs granularity=row: block scales change every {BLOCK} "
-                             f"elements, and each step is promoted with its own; use promote={BLOCK} or granularity=row")
+        kernels.check_interval(self.granularity, self.promote)
 
 
 RECIPES = {
@@ -320,6 +315,9 @@ class BF16Experts(torch.autograd.Function):
         return dx, dprob[plan.slot], dw1, dw2, None, None, None, None
 
 
+LAYER = {"fp8": FP8Experts, "bf16": BF16Experts}          # by a recipe's precision
+
+
 class Experts(nn.Module):
     """E SwiGLU experts with fp32 master weights: w1 [E, 2F, D] (gate, then up), w2 [E, D, F].
 
@@ -344,8 +342,7 @@ class Experts(nn.Module):
         """x [T, D] bf16, probs [T, K] fp32, the plan of the chosen experts -> [T, D] bf16."""
         if self.operands is None:
             raise RuntimeError("the expert weights were never cast: call cast_weights() after each change of the weights")
-        layer = FP8Experts if self.recipe.precision == "fp8" else BF16Experts
-        return layer.apply(x, probs, self.w1, self.w2, *self.operands, plan, self.recipe)
+        return LAYER[self.recipe.precision].apply(x, probs, self.w1, self.w2, *self.operands, plan, self.recipe)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,10 +365,9 @@ class Layer:
     def __init__(self, recipe: Recipe, x, probs, plan, w1, w2, dout):
         self.inputs, self.plan, self.dout, self.recipe = (x, probs, w1, w2), plan, dout, recipe
         self.operands = cast_weight(w1, recipe, "W1"), cast_weight(w2, recipe, "W2")
-        self.function = FP8Experts if recipe.precision == "fp8" else BF16Experts
 
     def forward(self) -> Tensor:
-        return self.function.apply(*self.inputs, *self.operands, self.plan, self.recipe)
+        return LAYER[self.recipe.precision].apply(*self.inputs, *self.operands, self.plan, self.recipe)
 
     def step(self) -> tuple[Tensor, ...]:
         """(out, dx, dprobs, dw1, dw2)."""
@@ -557,7 +553,7 @@ def main() -> None:
     print_ledger(device)
     print_double_quantization(device)
     if device.type == "cpu" or not kernels.use_kernels(torch.empty(0, device=device)):
-        print("\nno GPU with FP8 here: the times of the layer need one")
+        print("\nno Hopper GPU here: the times of the layer need one")
         return
     print_layer_times(device)
 

@@ -102,7 +102,7 @@ def _check_blocks(name: str, x: Tensor, *axes: int) -> None:
                              f"pad it to {max(1, -(-x.shape[axis] // BLOCK)) * BLOCK}")
 
 
-def _check_choice(name: str, value, choices) -> None:
+def check_choice(name: str, value, choices) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
@@ -217,8 +217,8 @@ def quantize(x: Tensor, scales: str = "pow2", granularity: str = "block", scale:
     [C/128, R]) | "row" (scale [1, R]).  scale: use this one instead of finding it, block granularity's shape.
     A block that holds NaN or Inf dequantizes to NaN. Raises ValueError on other shapes and names.
     """
-    _check_choice("scales", scales, ("pow2", "fp32"))
-    _check_choice("granularity", granularity, ("block", "row"))
+    check_choice("scales", scales, ("pow2", "fp32"))
+    check_choice("granularity", granularity, ("block", "row"))
     if x.ndim != 2:
         raise ValueError(f"x has shape {list(x.shape)}: quantize takes a matrix, flatten the leading axes")
     _check_blocks("x", x, 1)
@@ -446,7 +446,8 @@ def expert_scale_ref(scale: Tensor, rows: Tensor | None, ends: Tensor) -> Tensor
     s = scale[0] if rows is None else torch.where(rows >= 0, scale[0, rows], SCALE_MIN)
     top = torch.full_like(s[::BLOCK], SCALE_MIN)
     for begin, end in zip([0, *ends.tolist()], ends.tolist()):
-        top[begin // BLOCK:end // BLOCK] = s[begin:end].amax() if end > begin else SCALE_MIN
+        if end > begin:
+            top[begin // BLOCK:end // BLOCK] = s[begin:end].amax()
     return top
 
 
@@ -864,13 +865,14 @@ def _gemm_config(granularity: str, promote: int | None, wgrad: bool) -> dict:
     return dict(BM=128, BN=128, GROUP=4, num_warps=8, num_stages=3 if granularity == "block" else 4)
 
 
-def _check_interval(granularity: str, promote: int | None) -> None:
-    _check_choice("granularity", granularity, ("block", "row"))
+def check_interval(granularity: str, promote: int | None) -> None:
+    """Raises ValueError unless the accumulator can be promoted every `promote` elements (None: never)."""
+    check_choice("granularity", granularity, ("block", "row"))
     if promote is not None and (promote < BLOCK or promote % BLOCK):
-        raise ValueError(f"promote={promote} is no interval: give a multiple of {BLOCK}, or None for never")
+        raise ValueError(f"promote={promote} is no interval: give a multiple of {BLOCK}, or never (None)")
     if granularity == "block" and promote != BLOCK:
-        raise ValueError(f"promote={promote} needs granularity 'row': block scales change every {BLOCK} elements, "
-                         "and each step is promoted with its own")
+        raise ValueError(f"promote={promote or 'never'} needs granularity=row: block scales change every {BLOCK} elements, "
+                         f"and each step is promoted with its own; use promote={BLOCK} or granularity=row")
 
 
 def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, out_block, pointers, sizes, granularity, promote) -> Tensor:
@@ -894,7 +896,7 @@ def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor, gran
     promote: elements of K between promotions to the fp32 accumulator, None for never; with "block" it is 128.
     Raises ValueError for another interval.
     """
-    _check_interval(granularity, promote)
+    check_interval(granularity, promote)
     if not use_kernels(a.data):
         return grouped_gemm_ref(a, b, tile_expert)
     (M, K), (E, N, _) = a.shape, b.shape
@@ -910,7 +912,7 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, granularity: str = "bloc
     per expert (or per column and expert), repeated in each of its tiles.  ends [E] int32: end of each expert's slots.
     promote: slots between promotions. Returns [E, M, N] of `dtype`.
     """
-    _check_interval(granularity, promote)
+    check_interval(granularity, promote)
     if not use_kernels(a.data):
         return grouped_wgrad_ref(a, b, ends, dtype)
     M, N, E = a.shape[0], b.shape[0], len(ends)
@@ -1114,7 +1116,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, triton {triton.__version__}, {name}")
     print_scales(device)
     if device.type == "cpu" or not use_kernels(torch.empty(0, device=device)):
-        print("\nno GPU with FP8 here: the promotion errors and the timings need one")
+        print("\nno Hopper GPU here: the promotion errors and the timings need one")
         return
     print_promotion(device)
     bench = Bench(device)

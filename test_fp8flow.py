@@ -8,7 +8,6 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"                    # before the kernels are imported: @triton.jit reads it there
 
 import csv
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +15,12 @@ from pathlib import Path
 import pytest
 import triton
 import triton.language as tl
-from einops import rearrange, reduce
 
 import fp8flow
 import kernels
 import model
 import train as train_py
-from kernels import BLOCK, FP8, SCALE_MIN, QTensor
+from kernels import BLOCK, FP8, SCALE_MIN, QTensor, sqnr
 
 DEVICE = "cuda" if CUDA else "cpu"
 ROOT = Path(__file__).parent
@@ -93,11 +91,6 @@ def data(kind: str, R: int, C: int, seed: int = 0, dtype=torch.bfloat16) -> torc
 
 def same_bits(a: QTensor, b: QTensor) -> bool:
     return torch.equal(a.data.view(torch.uint8), b.data.view(torch.uint8)) and torch.equal(a.scale, b.scale)
-
-
-def sqnr(x: torch.Tensor, ref: torch.Tensor) -> float:
-    x, ref = x.double(), ref.double()
-    return 10 * math.log10(ref.square().sum() / (x - ref).square().sum().clamp(min=1e-300))
 
 
 SHAPES = [(1, 128), (128, 128), (37, 384)] + ([(4096, 2048), (1000, 7168), (513, 1408)] if CUDA else [])
@@ -460,7 +453,7 @@ def test_promote_is_checked(twin, monkeypatch):
     tile_expert, ends = expert_tiles([1])
     a = kernels.quantize(data("plain", 256, 256))
     b, _ = kernels.quantize_weight(data("plain", 128, 256).view(1, 128, 256))
-    with pytest.raises(ValueError, match="granularity 'row'"):
+    with pytest.raises(ValueError, match="granularity=row"):
         kernels.grouped_gemm(a, b, tile_expert, ends, "block", 512)
     with pytest.raises(ValueError, match="multiple of 128"):
         kernels.grouped_gemm(a, b, tile_expert, ends, "row", 100)

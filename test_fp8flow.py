@@ -446,6 +446,24 @@ def test_grouped_wgrad(M, N, counts, promote, operands):
             begin = end
 
 
+@pytest.mark.parametrize("granularity, promote", [("block", 128), ("row", 512), ("row", None)])
+def test_gemms_repeat_bit_for_bit(granularity, promote):
+    """Groups of warps load, multiply and promote at their own pace: a missing wait would show as a run that differs."""
+    runs, counts, N, K = (60, [9, 0, 23, 31], 2048, 1408) if CUDA else (2, [1, 0, 1], 128, 256)
+    tile_expert, ends = expert_tiles(counts)
+    rows, used = len(tile_expert) * BLOCK, sum(counts) * BLOCK
+    x, dy = (kernels.quantize(data("plain", rows, C), granularity=granularity) for C in (K, N))
+    w, _ = kernels.quantize_weight(data("plain", len(counts) * N, K, dtype=torch.float32).view(-1, N, K), granularity=granularity)
+    xt, dyt = (kernels.scaling_aware_transpose(q, target=None if granularity == "block" else kernels.expert_scale(q.scale, None, ends))
+               for q in (x, dy))
+    first = None
+    for _ in range(runs):
+        got = (kernels.grouped_gemm(x, w, tile_expert, ends, granularity, promote)[:used],
+               kernels.grouped_wgrad(dyt, xt, ends, granularity, promote))
+        first = first or got
+        assert all(torch.equal(a, b) for a, b in zip(got, first))
+
+
 @pytest.mark.parametrize("twin", [False, True])
 def test_promote_is_checked(twin, monkeypatch):
     if twin:

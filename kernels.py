@@ -866,11 +866,14 @@ def _grouped_wgrad_kernel(a, b, out, a_scale, b_scale, ends,        # a [M, S], 
             out.store([e * M + m * BM, n * BN + BN_OUT], right.to(out.dtype))
 
 
-def _gemm_config(promote: int | None) -> dict:
+@lru_cache
+def _gemm_config(promote: int | None, device: torch.device) -> dict:
     """Tile shape and pipeline depth, tuned on Hopper. Without promotions nothing interrupts the tensor core, and there is
     one accumulator: a wide tile and an ordinary pipeline win."""
     if promote is None:
         return dict(BM=128, BN=256, GROUP=4, SPECIALIZE=False, num_warps=8, num_stages=3)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] > 9:   # Blackwell specializes otherwise
+        return dict(BM=128, BN=128, GROUP=4, SPECIALIZE=False, num_warps=8, num_stages=3)
     return dict(BM=128, BN=128, GROUP=4, SPECIALIZE=True, num_warps=4, num_stages=4)
 
 
@@ -884,13 +887,18 @@ def check_interval(granularity: str, promote: int | None) -> None:
                          f"and each step is promoted with its own; use promote={BLOCK} or granularity=row")
 
 
+def _scratch(size: int, alignment: int, stream) -> Tensor:
+    """Where a kernel puts the descriptors that it makes."""
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
 def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, pointers, sizes, granularity, promote) -> Tensor:
-    config, programs = _gemm_config(promote), _programs(out.device)
-    # descriptors made inside a kernel need memory; set each time, because backward runs in a thread of its own
-    triton.set_allocator(lambda size, align, stream: out.new_empty(size, dtype=torch.uint8))
+    config, programs = _gemm_config(promote, out.device), _programs(out.device)
+    triton.set_allocator(_scratch)                          # of this thread: backward runs in one of its own
     kernel[programs,](
-        a.data, b.data, out, a.scale, b.scale, *pointers, *sizes, config["BM"], A_PER=a.rows_per_scale, B_PER=b.rows_per_scale,
-        PER_STEP=granularity == "block", PROMOTE=(promote or 0) // BLOCK, BK=BLOCK, PROGRAMS=programs, **config)
+        *(t.contiguous() for t in (a.data, b.data, out, a.scale, b.scale)), *pointers, *sizes, config["BM"],
+        A_PER=a.rows_per_scale, B_PER=b.rows_per_scale, PER_STEP=granularity == "block", PROMOTE=(promote or 0) // BLOCK,
+        BK=BLOCK, PROGRAMS=programs, **config)
     return out
 
 
@@ -999,9 +1007,8 @@ class Bench:
     """Prints one line a kernel: us, GB/s or TFLOPS, share of the ceiling measured here, speed-up over a baseline."""
 
     def __init__(self, device):
-        x = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-        y = torch.empty_like(x)
-        self.copy = 2 * x.nbytes / self.us(lambda: y.copy_(x)) / 1e3
+        self.device = device
+        self.copy = (2 << 30) / self.copy_us(2 << 30) / 1e3
         a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         q, one = a.to(FP8), torch.ones((), device=device)
         self.bf16 = 2 * 8192 ** 3 / self.us(lambda: a @ a) / 1e6
@@ -1009,20 +1016,29 @@ class Bench:
         print(f"\nceilings: copy {self.copy:.0f} GB/s, dense bf16 {self.bf16:.0f} TFLOPS, dense FP8 {self.fp8:.0f} TFLOPS (8192^3)")
 
     @staticmethod
-    def us(fn) -> float:
-        """Median of queued launches, L2 flushed before each."""
-        return triton.testing.do_bench(fn, warmup=5, rep=20, return_mode="median") * 1e3
+    def us(fn, ms: int = 20) -> float:
+        """Median of launches queued for so many ms, L2 flushed before each."""
+        return triton.testing.do_bench(fn, warmup=ms // 4, rep=ms, return_mode="median") * 1e3
+
+    def copy_us(self, nbytes: int) -> float:
+        """PyTorch's copy that moves as many bytes: half of them in, half out. Short copies do not reach full bandwidth."""
+        x = torch.empty(nbytes // 2, dtype=torch.uint8, device=self.device)
+        y = torch.empty_like(x)
+        return self.us(lambda: y.copy_(x))
 
     def bytes(self, name: str, fn, nbytes: int, **baselines) -> float:
         us = self.us(fn)
         print(f"  {name:34} {us:9.1f} us {nbytes / us / 1e3:7.0f} GB/s   {nbytes / us / 1e3 / self.copy:5.2f} of copy"
+              f"   {self.copy_us(nbytes) / us:5.2f} of a copy this short"
               + "".join(f"   {self.us(b) / us:5.2f}x {label.replace('_', ' ')}" for label, b in baselines.items()), flush=True)
         return us
 
-    def flops(self, name: str, fn, flops: int, base_us: float | None, ceiling: float) -> float:
-        us = self.us(fn)
+    def flops(self, name: str, fn, flops: int, ceiling: float, bf16=None) -> float:
+        """The speed-up is over `bf16` timed right before: matrix products heat the chip, and its clock follows."""
+        base = self.us(bf16, 60) if bf16 else None
+        us = self.us(fn, 60)
         print(f"  {name:34} {us:9.1f} us {flops / us / 1e6:7.0f} TFLOPS {flops / us / 1e6 / ceiling:5.2f} of dense"
-              + (f"   {base_us / us:5.2f}x bf16" if base_us else ""), flush=True)
+              + (f"   {base / us:5.2f}x bf16" if base else ""), flush=True)
         return us
 
 
@@ -1096,9 +1112,10 @@ def bench_gemm(bench: Bench, T, D, E, topk, width, device, intervals) -> None:
         flops = 2 * live * N * K
         x, dy = (torch.randn(M, C, device=device, dtype=torch.bfloat16) for C in (K, N))
         w = torch.randn(E, N, K, device=device, dtype=torch.bfloat16) * K ** -0.5
-        base = [bench.flops(f"{fc} {name} bf16", fn, flops, None, bench.bf16) for name, fn in (
-            ("fprop", lambda: F.grouped_mm(x, w.mT, offs=ends)), ("dgrad", lambda: F.grouped_mm(dy, w, offs=ends)),
-            ("wgrad", lambda: F.grouped_mm(dy.t(), x, offs=ends)))]
+        base = {"fprop": lambda: F.grouped_mm(x, w.mT, offs=ends), "dgrad": lambda: F.grouped_mm(dy, w, offs=ends),
+                "wgrad": lambda: F.grouped_mm(dy.t(), x, offs=ends)}
+        for name, fn in base.items():
+            bench.flops(f"{fc} {name} bf16", fn, flops, bench.bf16)
         for granularity, intervals in (("block", (128,)), ("row", intervals)):
             wq, wqt = quantize_weight(w, granularity=granularity)
             xq, dyq = quantize(x, granularity=granularity), quantize(dy, granularity=granularity)
@@ -1106,15 +1123,14 @@ def bench_gemm(bench: Bench, T, D, E, topk, width, device, intervals) -> None:
                        for q in (xq, dyq))
             for promote in intervals:
                 label = f"FP8 {granularity} {promote or 'never'}"
-                for b, (name, fn) in zip(base, (
-                        ("fprop", lambda: grouped_gemm(xq, wq, tiles, ends, granularity, promote)),
-                        ("dgrad", lambda: grouped_gemm(dyq, wqt, tiles, ends, granularity, promote)),
-                        ("wgrad", lambda: grouped_wgrad(dyt, xt, ends, granularity, promote, torch.bfloat16)))):
-                    bench.flops(f"{fc} {name} {label}", fn, flops, b, bench.fp8)
+                for name, fn in (("fprop", lambda: grouped_gemm(xq, wq, tiles, ends, granularity, promote)),
+                                 ("dgrad", lambda: grouped_gemm(dyq, wqt, tiles, ends, granularity, promote)),
+                                 ("wgrad", lambda: grouped_wgrad(dyt, xt, ends, granularity, promote, torch.bfloat16))):
+                    bench.flops(f"{fc} {name} {label}", fn, flops, bench.fp8, base[name])
             if granularity == "block":
                 xt, dyt = quantize(transpose(x)), quantize(transpose(dy))
                 bench.flops(f"{fc} wgrad FP8 block 128, requantized", lambda: grouped_wgrad(
-                    dyt, xt, ends, dtype=torch.bfloat16), flops, base[2], bench.fp8)
+                    dyt, xt, ends, dtype=torch.bfloat16), flops, bench.fp8, base["wgrad"])
             del wq, wqt
 
 

@@ -363,6 +363,9 @@ def test_views_are_taken_as_they_read():
     da = data("plain", 128, 128, seed=1).t()
     for a, b in zip(kernels.swiglu_backward(da, x, prob), kernels.swiglu_backward(da.contiguous(), x.contiguous(), prob.contiguous())):
         assert torch.equal(a, b)
+    q, (w, _) = kernels.quantize(x), kernels.quantize_weight(data("plain", 128, 256, dtype=torch.float32)[None])
+    strided = q._replace(data=q.data.view(torch.uint8).t().contiguous().t().view(FP8))
+    assert torch.equal(kernels.grouped_gemm(strided, w, *expert_tiles([1])), kernels.grouped_gemm(q, w, *expert_tiles([1])))
 
 
 def test_gather_skips_unused_tiles():
@@ -708,8 +711,8 @@ def test_bench_lines(capsys, monkeypatch):
     """Every benchmark line runs what it names; the clock is a stub here."""
     if not CUDA:
         monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
-    monkeypatch.setattr(kernels.Bench, "__init__", lambda self: vars(self).update(copy=1.0, bf16=1.0, fp8=1.0))
-    monkeypatch.setattr(kernels.Bench, "us", staticmethod(lambda fn: (fn(), 2.0)[1]))
+    monkeypatch.setattr(kernels.Bench, "__init__", lambda self: vars(self).update(device=DEVICE, copy=1.0, bf16=1.0, fp8=1.0))
+    monkeypatch.setattr(kernels.Bench, "us", staticmethod(lambda fn, ms=0: (fn(), 2.0)[1]))
     kernels.bench_memory_bound(kernels.Bench(), 64, 128, 2, 1, 128, DEVICE)
     kernels.bench_gemm(kernels.Bench(), 64, 128, 2, 1, 128, DEVICE, (128, 512, None))
     printed = capsys.readouterr().out

@@ -39,6 +39,7 @@ E4M3_MAX = 448.0
 SCALE_MIN = 2.0 ** -126         # the smallest normal fp32: what an all-zero block gets, so that it never wins a maximum
 _SCALE_MIN, _E4M3_MAX = tl.constexpr(SCALE_MIN), tl.constexpr(E4M3_MAX)                    # the same, inside kernels
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+SPECIALIZE = os.environ.get("FP8FLOW_SPECIALIZE", "1") == "1"                              # warp-specialized GEMMs on Hopper
 
 
 class QTensor(NamedTuple):
@@ -866,13 +867,12 @@ def _grouped_wgrad_kernel(a, b, out, a_scale, b_scale, ends,        # a [M, S], 
             out.store([e * M + m * BM, n * BN + BN_OUT], right.to(out.dtype))
 
 
-@lru_cache
 def _gemm_config(promote: int | None, device: torch.device) -> dict:
     """Tile shape and pipeline depth, tuned on Hopper. Without promotions nothing interrupts the tensor core, and there is
     one accumulator: a wide tile and an ordinary pipeline win."""
     if promote is None:
         return dict(BM=128, BN=256, GROUP=4, SPECIALIZE=False, num_warps=8, num_stages=3)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] > 9:   # Blackwell specializes otherwise
+    if not SPECIALIZE or device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
         return dict(BM=128, BN=128, GROUP=4, SPECIALIZE=False, num_warps=8, num_stages=3)
     return dict(BM=128, BN=128, GROUP=4, SPECIALIZE=True, num_warps=4, num_stages=4)
 

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from einops import rearrange, reduce, repeat
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCK = 128                     # codes per scale, rows per expert tile, K-step of the GEMMs
 FP8 = torch.float8_e4m3fn
@@ -39,7 +40,6 @@ E4M3_MAX = 448.0
 SCALE_MIN = 2.0 ** -126         # the smallest normal fp32: what an all-zero block gets, so that it never wins a maximum
 _SCALE_MIN, _E4M3_MAX = tl.constexpr(SCALE_MIN), tl.constexpr(E4M3_MAX)                    # the same, inside kernels
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-SPECIALIZE = os.environ.get("FP8FLOW_SPECIALIZE", "1") == "1"                              # warp-specialized GEMMs on Hopper
 
 
 class QTensor(NamedTuple):
@@ -784,23 +784,28 @@ def _accumulate(a, b, row_a, row_b, begin, end,                     # TMA descri
     Else the scales hold for the whole sum, and a promotion comes every PROMOTE steps (0: never).
     """
     acc = tl.zeros((BM, BN), tl.float32)
+    a_limit = tl.where(end > begin, a_rows, 0)                      # an empty expert has no scales to read
+    b_limit = tl.where(end > begin, b_rows, 0)
     if PER_STEP:
+        # The scales are loaded a step ahead and multiplied in their own step: multiplied where they are loaded, the
+        # compiler puts the wait for them between two MMA instructions.
+        sa = _load_scale(a_scale + begin * (a_rows // A_PER), scale_row_a, a_limit, A_PER, BM, 0)
+        sb = _load_scale(b_scale + begin * (b_rows // B_PER), scale_row_b, b_limit, B_PER, BN, 1)
         for k in range(begin, end):
-            scale = (_load_scale(a_scale + k * (a_rows // A_PER), scale_row_a, a_rows, A_PER, BM, 0)
-                     * _load_scale(b_scale + k * (b_rows // B_PER), scale_row_b, b_rows, B_PER, BN, 1))
-            acc += tl.dot(a.load([row_a, k * BK]), b.load([row_b, k * BK]).T) * scale
+            ahead = tl.minimum(k + 1, end - 1)
+            next_sa = _load_scale(a_scale + ahead * (a_rows // A_PER), scale_row_a, a_rows, A_PER, BM, 0)
+            next_sb = _load_scale(b_scale + ahead * (b_rows // B_PER), scale_row_b, b_rows, B_PER, BN, 1)
+            acc += tl.dot(a.load([row_a, k * BK]), b.load([row_b, k * BK]).T) * (sa * sb)
+            sa, sb = next_sa, next_sb
     else:
-        if PROMOTE == 0:
-            for k in range(begin, end):
-                acc = tl.dot(a.load([row_a, k * BK]), b.load([row_b, k * BK]).T, acc)
-        else:
-            for chunk in range(begin, end, PROMOTE):
-                partial = tl.zeros((BM, BN), tl.float32)
-                for k in range(chunk, tl.minimum(chunk + PROMOTE, end)):
-                    partial = tl.dot(a.load([row_a, k * BK]), b.load([row_b, k * BK]).T, partial)
-                acc += partial
-        a_limit = tl.where(end > begin, a_rows, 0)                  # an empty expert has no scales to read
-        b_limit = tl.where(end > begin, b_rows, 0)
+        partial = tl.zeros((BM, BN), tl.float32)
+        for k in range(begin, end):
+            partial = tl.dot(a.load([row_a, k * BK]), b.load([row_b, k * BK]).T, partial)
+            if PROMOTE > 0:
+                if (k - begin) % PROMOTE == PROMOTE - 1:
+                    acc += partial
+                    partial = tl.zeros((BM, BN), tl.float32)
+        acc = partial if PROMOTE == 0 else acc + partial
         acc *= (_load_scale(a_scale, scale_row_a, a_limit, A_PER, BM, 0)
                 * _load_scale(b_scale, scale_row_b, b_limit, B_PER, BN, 1))
     return acc
@@ -815,66 +820,49 @@ def _tile_of(tile, m_tiles, n_tiles, GROUP: tl.constexpr):
     return band * GROUP + inside % height, inside // height
 
 
-# The tensor core would idle while a partial sum is scaled and added, so two groups of four warps share a tile, half its rows
-# each: one multiplies while the other promotes, and a third group loads for both. `warp_specialize` makes all three out of
-# the loop over tiles. Three conditions of Triton 3.6's compiler pass: descriptors made inside the kernel (the halves need
-# boxes of half the height); at most four stages (from five on, some results are NaN); and no use of a descriptor's row
-# number outside of loads and stores, as the second half would be moved twice: hence `tile_m`, which is BM in disguise.
-
 @triton.jit
-def _grouped_gemm_kernel(a, b, out, a_scale, b_scale, tile_expert, ends,  # a [M, K], b [E, N, K] fp8, out [M, N] bf16
-                         M, N, K, E, tile_m, A_PER: tl.constexpr, B_PER: tl.constexpr, PER_STEP: tl.constexpr,
+def _grouped_gemm_kernel(a, b, out, a_scale, b_scale, tile_expert, ends,  # a [M, K], b [E*N, K], out [M, N]: descriptors
+                         M, N, K, E, A_PER: tl.constexpr, B_PER: tl.constexpr, PER_STEP: tl.constexpr,
                          PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                         GROUP: tl.constexpr, SPECIALIZE: tl.constexpr, PROGRAMS: tl.constexpr):
+                         GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
     """Grid (multiprocessors,), persistent over (used m tiles, n tiles). fprop: X W^T; dgrad: dY (W^T)^T."""
-    a = tl.make_tensor_descriptor(a, [M, K], [K, 1], [BM, BK])
-    b = tl.make_tensor_descriptor(b, [E * N, K], [K, 1], [BN, BK])
-    out = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BM, BN])
     m_tiles, n_tiles, steps = tl.load(ends + E - 1) // BM, tl.cdiv(N, BN), K // BK
-    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, PROGRAMS, warp_specialize=SPECIALIZE):
+    for tile in range(tl.program_id(0), m_tiles * n_tiles, PROGRAMS):
         m, n = _tile_of(tile, m_tiles, n_tiles, GROUP)
         e = tl.load(tile_expert + m)
         w_scale = b_scale + e * (N // B_PER) * (steps if PER_STEP else 1)
-        acc = _accumulate(a, b, m * BM, e * N + n * BN, 0, steps, a_scale, w_scale, m * tile_m, n * BN, M, N,
+        acc = _accumulate(a, b, m * BM, e * N + n * BN, 0, steps, a_scale, w_scale, m * BM, n * BN, M, N,
                           A_PER, B_PER, PER_STEP, PROMOTE, BM, BN, BK)
         out.store([m * BM, n * BN], acc.to(out.dtype))
 
 
 @triton.jit
-def _grouped_wgrad_kernel(a, b, out, a_scale, b_scale, ends,        # a [M, S], b [N, S] fp8, out [E, M, N]; S slots
-                          M, N, S, E, tile_m, A_PER: tl.constexpr, B_PER: tl.constexpr, PER_STEP: tl.constexpr,
+def _grouped_wgrad_kernel(a, b, out, a_scale, b_scale, ends,        # a [M, slots], b [N, slots], out [E*M, N]: descriptors
+                          M, N, E, A_PER: tl.constexpr, B_PER: tl.constexpr, PER_STEP: tl.constexpr,
                           PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                          GROUP: tl.constexpr, SPECIALIZE: tl.constexpr, PROGRAMS: tl.constexpr):
+                          GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
     """Grid (multiprocessors,), persistent over (experts, m tiles, n tiles). The sum runs over an expert's slots."""
-    BN_OUT: tl.constexpr = BN if SPECIALIZE else BN // 2            # a wide fp32 tile leaves in halves: it would not fit
-    a = tl.make_tensor_descriptor(a, [M, S], [S, 1], [BM, BK])      # beside the pipeline's buffers
-    b = tl.make_tensor_descriptor(b, [N, S], [S, 1], [BN, BK])
-    out = tl.make_tensor_descriptor(out, [E * M, N], [N, 1], [BM, BN_OUT])
     m_tiles, n_tiles = M // BM, tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), E * m_tiles * n_tiles, PROGRAMS, warp_specialize=SPECIALIZE):
+    for tile in range(tl.program_id(0), E * m_tiles * n_tiles, PROGRAMS):
         e = tile // (m_tiles * n_tiles)
         m, n = _tile_of(tile % (m_tiles * n_tiles), m_tiles, n_tiles, GROUP)
         begin, end = tl.load(ends + e - 1, mask=e > 0, other=0) // BK, tl.load(ends + e) // BK
         first = 0 if PER_STEP else begin                            # whole-sum scales: any tile of the expert has them
         acc = _accumulate(a, b, m * BM, n * BN, begin, end, a_scale + first * (M // A_PER),
-                          b_scale + first * (N // B_PER), m * tile_m, n * BN, M, N,
+                          b_scale + first * (N // B_PER), m * BM, n * BN, M, N,
                           A_PER, B_PER, PER_STEP, PROMOTE, BM, BN, BK)
-        if SPECIALIZE:
-            out.store([e * M + m * BM, n * BN], acc.to(out.dtype))
-        else:
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN_OUT)), (0, 2, 1)))
-            out.store([e * M + m * BM, n * BN], left.to(out.dtype))
-            out.store([e * M + m * BM, n * BN + BN_OUT], right.to(out.dtype))
+        # stored in two halves: a whole fp32 tile would not fit beside the pipeline's buffers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        out.store([e * M + m * BM, n * BN], left.to(out.dtype))
+        out.store([e * M + m * BM, n * BN + BN // 2], right.to(out.dtype))
 
 
-def _gemm_config(promote: int | None, device: torch.device) -> dict:
-    """Tile shape and pipeline depth, tuned on Hopper. Without promotions nothing interrupts the tensor core, and there is
-    one accumulator: a wide tile and an ordinary pipeline win."""
-    if promote is None:
-        return dict(BM=128, BN=256, GROUP=4, SPECIALIZE=False, num_warps=8, num_stages=3)
-    if not SPECIALIZE or device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
-        return dict(BM=128, BN=128, GROUP=4, SPECIALIZE=False, num_warps=8, num_stages=3)
-    return dict(BM=128, BN=128, GROUP=4, SPECIALIZE=True, num_warps=4, num_stages=4)
+def _gemm_config(granularity: str, promote: int | None, wgrad: bool) -> dict:
+    """Tile shape and pipeline depth, tuned on Hopper. A wide tile wins once its two accumulators, which fill the register
+    file together, are both touched rarely."""
+    if promote is None or promote >= (512 if wgrad else 1024):
+        return dict(BM=128, BN=256, GROUP=4, num_warps=8, num_stages=3)
+    return dict(BM=128, BN=128, GROUP=4, num_warps=8, num_stages=3 if granularity == "block" else 4)
 
 
 def check_interval(granularity: str, promote: int | None) -> None:
@@ -887,16 +875,13 @@ def check_interval(granularity: str, promote: int | None) -> None:
                          f"and each step is promoted with its own; use promote={BLOCK} or granularity=row")
 
 
-def _scratch(size: int, alignment: int, stream) -> Tensor:
-    """Where a kernel puts the descriptors that it makes."""
-    return torch.empty(size, dtype=torch.uint8, device="cuda")
-
-
-def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, pointers, sizes, granularity, promote) -> Tensor:
-    config, programs = _gemm_config(promote, out.device), _programs(out.device)
-    triton.set_allocator(_scratch)                          # of this thread: backward runs in one of its own
+def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, out_block, pointers, sizes, granularity, promote) -> Tensor:
+    config = _gemm_config(granularity, promote, kernel is _grouped_wgrad_kernel)
+    programs, tma = _programs(out.device), TensorDescriptor.from_tensor
     kernel[programs,](
-        *(t.contiguous() for t in (a.data, b.data, out, a.scale, b.scale)), *pointers, *sizes, config["BM"],
+        tma(a.data.contiguous(), [config["BM"], BLOCK]), tma(b.data.contiguous().flatten(0, -2), [config["BN"], BLOCK]),
+        tma(out.flatten(0, -2), out_block(config["BM"], config["BN"])), a.scale.contiguous(), b.scale.contiguous(),
+        *pointers, *sizes,
         A_PER=a.rows_per_scale, B_PER=b.rows_per_scale, PER_STEP=granularity == "block", PROMOTE=(promote or 0) // BLOCK,
         BK=BLOCK, PROGRAMS=programs, **config)
     return out
@@ -917,7 +902,7 @@ def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor, gran
         return grouped_gemm_ref(a, b, tile_expert)
     (M, K), (E, N, _) = a.shape, b.shape
     return _launch_gemm(_grouped_gemm_kernel, a, b, a.scale.new_empty(M, N, dtype=torch.bfloat16),
-                        (tile_expert, ends), (M, N, K, E), granularity, promote)
+                        lambda BM, BN: [BM, BN], (tile_expert, ends), (M, N, K, E), granularity, promote)
 
 
 def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, granularity: str = "block", promote: int | None = BLOCK,
@@ -931,9 +916,9 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, granularity: str = "bloc
     check_interval(granularity, promote)
     if not use_kernels(a.data):
         return grouped_wgrad_ref(a, b, ends, dtype)
-    (M, S), N, E = a.shape, b.shape[0], len(ends)
+    M, N, E = a.shape[0], b.shape[0], len(ends)
     return _launch_gemm(_grouped_wgrad_kernel, a, b, a.scale.new_empty(E, M, N, dtype=dtype),
-                        (ends,), (M, N, S, E), granularity, promote)
+                        lambda BM, BN: [BM, BN // 2], (ends,), (M, N, E), granularity, promote)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,11 +33,11 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive multiple of 128, the FP8 block")
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k={self.top_k} must lie between 1 and n_experts={self.n_experts}")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
         for name in ("n_layers", "n_heads", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model} into heads of even width")
 
 
 class Linear(nn.Linear):
@@ -54,27 +54,16 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864): feature pairs of x [..., S, C] turn by angle [S, C/2], in radians."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_heads = config.n_heads
         self.qkv = Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = Linear(config.d_model, config.d_model, bias=False)
-        width = config.d_model // config.n_heads
-        frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
-        self.register_buffer("angle", torch.outer(torch.arange(config.seq_len), frequency), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
-        angle = self.angle[:x.shape[1]]
-        y = F.scaled_dot_product_attention(rotate(q, angle), rotate(k, angle), v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
@@ -115,6 +104,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.d_model)
+        self.position = nn.Parameter(torch.zeros(config.seq_len, config.d_model))
         self.blocks = nn.ModuleList(Block(config, recipe) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, eps=1e-6)
         self.head = Linear(config.d_model, config.vocab, bias=False)
@@ -125,6 +115,7 @@ class GPT(nn.Module):
             for weight in (block.attention.out.weight, block.moe.experts.w2):
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** 0.5)
             nn.init.normal_(block.moe.experts.w1, std=0.02)
+        nn.init.normal_(self.position, std=0.02)
 
     @property
     def moes(self) -> list[MoE]:
@@ -138,7 +129,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None):
         """tokens [B, S] int64 -> logits [B, S, vocab] bf16; with targets, the mean cross-entropy in nats (fp32)."""
-        x = self.embed(tokens).bfloat16()
+        x = (self.embed(tokens) + self.position[:tokens.shape[1]]).bfloat16()
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
@@ -159,7 +150,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, prompt: bytes, n: int, seed: int = 0, temperature: float = 0.8) -> bytes:
         """Continue `prompt` by n sampled bytes. Runs the whole window each step: simple, and short enough here."""
-        device = self.embed.weight.device
+        device = self.position.device
         rng = torch.Generator().manual_seed(seed)
         text = list(prompt)
         for _ in range(n):

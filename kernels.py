@@ -416,7 +416,8 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None, target: Tens
     scales = q.scale.shape[0]
     out = QTensor(q.data.new_empty(C, M), q.scale.new_empty(M // BLOCK, scales))
     _scaling_aware_transpose_kernel[M // BLOCK, C // BLOCK](
-        _bytes(q.data.contiguous()), q.scale.contiguous(), rows, target, tiles, _bytes(out.data), out.scale, T, C, M, scales, BLOCK, num_warps=4)
+        _bytes(q.data.contiguous()), q.scale.contiguous(), rows, target, tiles, _bytes(out.data), out.scale, T, C, M,
+        scales, BLOCK, num_warps=4)
     return out
 
 
@@ -605,8 +606,8 @@ def _launch_swiglu(h, prob, tiles, a, scale, scales, granularity):
     cols = triton.next_power_of_2(width) if row else math.gcd(width, 2048)
     rows = max(1, 2048 // cols)                             # 2048 outputs a program, 16 a thread
     _swiglu_kernel[triton.cdiv(M, rows), triton.cdiv(width, cols)](
-        h, prob.contiguous(), a, scale, tiles, M, width, scale is not None, scales == "pow2", rows, cols, cols if row else BLOCK, BLOCK,
-        num_warps=4)
+        h, prob.contiguous(), a, scale, tiles, M, width, scale is not None, scales == "pow2", rows, cols,
+        cols if row else BLOCK, BLOCK, num_warps=4)
 
 
 def swiglu(h: Tensor, prob: Tensor, tiles: Tensor | None = None) -> Tensor:

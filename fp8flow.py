@@ -315,7 +315,7 @@ class BF16Experts(torch.autograd.Function):
         return dx, dprob[plan.slot], dw1, dw2, None, None, None, None
 
 
-LAYER = {"fp8": FP8Experts, "bf16": BF16Experts}          # by a recipe's precision
+FUNCTION = {"fp8": FP8Experts, "bf16": BF16Experts}          # by a recipe's precision
 
 
 class Experts(nn.Module):
@@ -342,7 +342,7 @@ class Experts(nn.Module):
         """x [T, D] bf16, probs [T, K] fp32, the plan of the chosen experts -> [T, D] bf16."""
         if self.operands is None:
             raise RuntimeError("the expert weights were never cast: call cast_weights() after each change of the weights")
-        return LAYER[self.recipe.precision].apply(x, probs, self.w1, self.w2, *self.operands, plan, self.recipe)
+        return FUNCTION[self.recipe.precision].apply(x, probs, self.w1, self.w2, *self.operands, plan, self.recipe)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ class Layer:
         self.operands = cast_weight(w1, recipe, "W1"), cast_weight(w2, recipe, "W2")
 
     def forward(self) -> Tensor:
-        return LAYER[self.recipe.precision].apply(*self.inputs, *self.operands, self.plan, self.recipe)
+        return FUNCTION[self.recipe.precision].apply(*self.inputs, *self.operands, self.plan, self.recipe)
 
     def step(self) -> tuple[Tensor, ...]:
         """(out, dx, dprobs, dw1, dw2)."""

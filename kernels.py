@@ -1102,12 +1102,12 @@ def bench_gemm(bench: Bench, T, D, E, topk, width, device, intervals) -> None:
                 "wgrad": lambda: F.grouped_mm(dy.t(), x, offs=ends)}
         for name, fn in base.items():
             bench.flops(f"{fc} {name} bf16", fn, flops, bench.bf16)
-        for granularity, intervals in (("block", (128,)), ("row", intervals)):
+        for granularity, promotes in (("block", (128,)), ("row", intervals)):
             wq, wqt = quantize_weight(w, granularity=granularity)
             xq, dyq = quantize(x, granularity=granularity), quantize(dy, granularity=granularity)
             xt, dyt = (scaling_aware_transpose(q, target=None if granularity == "block" else expert_scale(q.scale, None, ends))
                        for q in (xq, dyq))
-            for promote in intervals:
+            for promote in promotes:
                 label = f"FP8 {granularity} {promote or 'never'}"
                 for name, fn in (("fprop", lambda: grouped_gemm(xq, wq, tiles, ends, granularity, promote)),
                                  ("dgrad", lambda: grouped_gemm(dyq, wqt, tiles, ends, granularity, promote)),

@@ -662,9 +662,10 @@ class NoSync(TorchDispatchMode):
 
 @pytest.mark.parametrize("recipe", list(fp8flow.RECIPES))
 def test_no_sync_in_the_layer(recipe, monkeypatch):
-    inputs = layer_inputs(256, 256, 256, 4, 2) if CUDA else layer_inputs(20, 128, 128, 3, 2)
+    inputs = layer_inputs(256, 256, 256, 4, 2) if CUDA else layer_inputs(20, 128, 128, 2, 1)
     module = build_layer(fp8flow.RECIPES[recipe], *inputs[-2:])
-    run_layer(None, *inputs, module)                                    # compiled before
+    if CUDA:
+        run_layer(None, *inputs, module)                                # compiled before
     monkeypatch.setattr(torch.Tensor, "tolist", None)                   # reads without a dispatch
     if CUDA:
         torch.cuda.set_sync_debug_mode("error")

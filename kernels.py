@@ -22,6 +22,7 @@ Shapes: R rows, C columns of any matrix; T tokens, M padded token slots, F exper
 """
 import math
 import os
+import statistics
 import warnings
 from functools import lru_cache
 from typing import NamedTuple
@@ -85,8 +86,8 @@ def use_kernels(x: Tensor) -> bool:
 
 
 @lru_cache
-def _programs(device: torch.device) -> int:
-    """Persistent kernels launch one program per multiprocessor."""
+def _multiprocessors(device: torch.device) -> int:
+    """Persistent kernels launch one program, or two, on each."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -813,6 +814,37 @@ def _accumulate(a, b, row_a, row_b, begin, end,                     # TMA descri
 
 
 @triton.jit
+def _accumulate_halves(a, b, row_a, row_b, begin, end,              # a's descriptor loads half a tile
+                       a_scale, b_scale, a_tiles, b_tiles,          # the tile's scale at K-step 0, scales in a K-step
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """The same sum where a scale is one number a tile and K-step, as upper and lower half, fp32 [BM/2, BN] each.
+
+    A half's partial sum is promoted while the tensor core works for the other half, or for the multiprocessor's other
+    program: scales that are vectors would leave no registers for two partial sums, or for two programs.
+    """
+    HALF: tl.constexpr = BM // 2
+    upper, lower = tl.zeros((HALF, BN), tl.float32), tl.zeros((HALF, BN), tl.float32)
+    scale = (tl.load(a_scale + begin * a_tiles, mask=end > begin, other=0.0)
+             * tl.load(b_scale + begin * b_tiles, mask=end > begin, other=0.0))
+    for k in range(begin, end):
+        ahead = tl.minimum(k + 1, end - 1)
+        next_sa, next_sb = tl.load(a_scale + ahead * a_tiles), tl.load(b_scale + ahead * b_tiles)
+        right = b.load([row_b, k * BK]).T
+        upper += tl.dot(a.load([row_a, k * BK]), right) * scale
+        lower += tl.dot(a.load([row_a + HALF, k * BK]), right) * scale
+        scale = next_sa * next_sb
+    return upper, lower
+
+
+@triton.jit
+def _store_halves(out, row, col, tile, BM: tl.constexpr, BN: tl.constexpr):
+    """Left, then right: a whole fp32 tile would not fit beside the pipeline's buffers."""
+    left, right = tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
+    out.store([row, col], left.to(out.dtype))
+    out.store([row, col + BN // 2], right.to(out.dtype))
+
+
+@triton.jit
 def _tile_of(tile, m_tiles, n_tiles, GROUP: tl.constexpr):
     """Tiles in bands of GROUP rows: programs that run together share operands in L2."""
     band = tile // (GROUP * n_tiles)
@@ -826,9 +858,10 @@ def _grouped_gemm_kernel(a, b, out, a_scale, b_scale, tile_expert, ends,  # a [M
                          M, N, K, E, A_PER: tl.constexpr, B_PER: tl.constexpr, PER_STEP: tl.constexpr,
                          PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                          GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Grid (multiprocessors,), persistent over (used m tiles, n tiles). fprop: X W^T; dgrad: dY (W^T)^T."""
+    """Grid (PROGRAMS,), persistent over (used m tiles, n tiles). fprop: X W^T; dgrad: dY (W^T)^T."""
     m_tiles, n_tiles, steps = tl.load(ends + E - 1) // BM, tl.cdiv(N, BN), K // BK
-    for tile in range(tl.program_id(0), m_tiles * n_tiles, PROGRAMS):
+    # flatten: the next tile's first loads start under this tile's last steps; with promotions it costs more than it gains
+    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, PROGRAMS, flatten=PROMOTE == 0):
         m, n = _tile_of(tile, m_tiles, n_tiles, GROUP)
         e = tl.load(tile_expert + m)
         w_scale = b_scale + e * (N // B_PER) * (steps if PER_STEP else 1)
@@ -842,28 +875,35 @@ def _grouped_wgrad_kernel(a, b, out, a_scale, b_scale, ends,        # a [M, slot
                           M, N, E, A_PER: tl.constexpr, B_PER: tl.constexpr, PER_STEP: tl.constexpr,
                           PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                           GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Grid (multiprocessors,), persistent over (experts, m tiles, n tiles). The sum runs over an expert's slots."""
+    """Grid (PROGRAMS,), persistent over (experts, m tiles, n tiles). The sum runs over an expert's slots."""
     m_tiles, n_tiles = M // BM, tl.cdiv(N, BN)
     for tile in range(tl.program_id(0), E * m_tiles * n_tiles, PROGRAMS):
         e = tile // (m_tiles * n_tiles)
         m, n = _tile_of(tile % (m_tiles * n_tiles), m_tiles, n_tiles, GROUP)
         begin, end = tl.load(ends + e - 1, mask=e > 0, other=0) // BK, tl.load(ends + e) // BK
-        first = 0 if PER_STEP else begin                            # whole-sum scales: any tile of the expert has them
-        acc = _accumulate(a, b, m * BM, n * BN, begin, end, a_scale + first * (M // A_PER),
-                          b_scale + first * (N // B_PER), m * BM, n * BN, M, N,
-                          A_PER, B_PER, PER_STEP, PROMOTE, BM, BN, BK)
-        # stored in two halves: a whole fp32 tile would not fit beside the pipeline's buffers
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-        out.store([e * M + m * BM, n * BN], left.to(out.dtype))
-        out.store([e * M + m * BM, n * BN + BN // 2], right.to(out.dtype))
+        row, col = m * BM, n * BN
+        if PER_STEP and A_PER == BM and B_PER == BN:                # what the direct transpose makes
+            upper, lower = _accumulate_halves(a, b, row, col, begin, end, a_scale + m, b_scale + n, m_tiles, n_tiles, BM, BN, BK)
+            _store_halves(out, e * M + row, col, upper, BM // 2, BN)
+            _store_halves(out, e * M + row + BM // 2, col, lower, BM // 2, BN)
+        else:
+            first = 0 if PER_STEP else begin                        # whole-sum scales: any tile of the expert has them
+            acc = _accumulate(a, b, row, col, begin, end, a_scale + first * (M // A_PER), b_scale + first * (N // B_PER),
+                              row, col, M, N, A_PER, B_PER, PER_STEP, PROMOTE, BM, BN, BK)
+            _store_halves(out, e * M + row, col, acc, BM, BN)
 
 
-def _gemm_config(granularity: str, promote: int | None, wgrad: bool) -> dict:
-    """Tile shape and pipeline depth, tuned on Hopper. A wide tile wins once its two accumulators, which fill the register
-    file together, are both touched rarely."""
-    if promote is None or promote >= (512 if wgrad else 1024):
-        return dict(BM=128, BN=256, GROUP=4, num_warps=8, num_stages=3)
-    return dict(BM=128, BN=128, GROUP=4, num_warps=8, num_stages=3 if granularity == "block" else 4)
+def _gemm_config(promote: int | None, per_step: bool, tile_scales: bool) -> dict:
+    """Tile shape, pipeline depth and programs on a multiprocessor, tuned on Hopper.
+
+    The wide tile reads less, but its two accumulators fill the register file: it wins where promotions are rare. Two
+    programs share a multiprocessor where each needs half of its registers: one multiplies while the other promotes.
+    """
+    if tile_scales:
+        return dict(BM=128, BN=128, num_warps=4, num_stages=3, programs=2)
+    if promote is None or promote >= 512:
+        return dict(BM=128, BN=256, num_warps=8, num_stages=3, programs=1)
+    return dict(BM=128, BN=128, num_warps=8, num_stages=3 if per_step else 4, programs=1)
 
 
 def check_interval(granularity: str, promote: int | None) -> None:
@@ -876,15 +916,17 @@ def check_interval(granularity: str, promote: int | None) -> None:
                          f"and each step is promoted with its own; use promote={BLOCK} or granularity=row")
 
 
-def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, out_block, pointers, sizes, granularity, promote) -> Tensor:
-    config = _gemm_config(granularity, promote, kernel is _grouped_wgrad_kernel)
-    programs, tma = _programs(out.device), TensorDescriptor.from_tensor
+def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, pointers, sizes, granularity, promote) -> Tensor:
+    wgrad, per_step = kernel is _grouped_wgrad_kernel, granularity == "block"
+    halves = wgrad and per_step and a.rows_per_scale == b.rows_per_scale == BLOCK
+    config = _gemm_config(promote, per_step, halves)
+    BM, BN, programs = config["BM"], config["BN"], config.pop("programs") * _multiprocessors(out.device)
+    box_m, tma = BM // 2 if halves else BM, TensorDescriptor.from_tensor
     kernel[programs,](
-        tma(a.data.contiguous(), [config["BM"], BLOCK]), tma(b.data.contiguous().flatten(0, -2), [config["BN"], BLOCK]),
-        tma(out.flatten(0, -2), out_block(config["BM"], config["BN"])), a.scale.contiguous(), b.scale.contiguous(),
-        *pointers, *sizes,
-        A_PER=a.rows_per_scale, B_PER=b.rows_per_scale, PER_STEP=granularity == "block", PROMOTE=(promote or 0) // BLOCK,
-        BK=BLOCK, PROGRAMS=programs, **config)
+        tma(a.data.contiguous(), [box_m, BLOCK]), tma(b.data.contiguous().flatten(0, -2), [BN, BLOCK]),
+        tma(out.flatten(0, -2), [box_m, BN // 2 if wgrad else BN]), a.scale.contiguous(), b.scale.contiguous(),
+        *pointers, *sizes, A_PER=a.rows_per_scale, B_PER=b.rows_per_scale, PER_STEP=per_step,
+        PROMOTE=(promote or 0) // BLOCK, BK=BLOCK, GROUP=4, PROGRAMS=programs, **config)
     return out
 
 
@@ -903,7 +945,7 @@ def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor, gran
         return grouped_gemm_ref(a, b, tile_expert)
     (M, K), (E, N, _) = a.shape, b.shape
     return _launch_gemm(_grouped_gemm_kernel, a, b, a.scale.new_empty(M, N, dtype=torch.bfloat16),
-                        lambda BM, BN: [BM, BN], (tile_expert, ends), (M, N, K, E), granularity, promote)
+                        (tile_expert, ends), (M, N, K, E), granularity, promote)
 
 
 def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, granularity: str = "block", promote: int | None = BLOCK,
@@ -919,7 +961,7 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, granularity: str = "bloc
         return grouped_wgrad_ref(a, b, ends, dtype)
     M, N, E = a.shape[0], b.shape[0], len(ends)
     return _launch_gemm(_grouped_wgrad_kernel, a, b, a.scale.new_empty(E, M, N, dtype=dtype),
-                        lambda BM, BN: [BM, BN // 2], (ends,), (M, N, E), granularity, promote)
+                        (ends,), (M, N, E), granularity, promote)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -994,38 +1036,48 @@ class Bench:
 
     def __init__(self, device):
         self.device = device
-        self.copy = (2 << 30) / self.copy_us(2 << 30) / 1e3
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)               # larger than L2
+        self.copy = (2 << 30) / self.us(self.copy_of(2 << 30))[0] / 1e3
         a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         q, one = a.to(FP8), torch.ones((), device=device)
-        self.bf16 = 2 * 8192 ** 3 / self.us(lambda: a @ a) / 1e6
-        self.fp8 = 2 * 8192 ** 3 / self.us(lambda: torch._scaled_mm(q, q.t(), one, one, out_dtype=torch.bfloat16)) / 1e6
+        bf16, fp8 = self.us(lambda: a @ a, lambda: torch._scaled_mm(q, q.t(), one, one, out_dtype=torch.bfloat16), ms=100)
+        self.bf16, self.fp8 = 2 * 8192 ** 3 / bf16 / 1e6, 2 * 8192 ** 3 / fp8 / 1e6
         print(f"\nceilings: copy {self.copy:.0f} GB/s, dense bf16 {self.bf16:.0f} TFLOPS, dense FP8 {self.fp8:.0f} TFLOPS (8192^3)")
 
-    @staticmethod
-    def us(fn, ms: int = 20) -> float:
-        """Median of launches queued for so many ms, L2 flushed before each."""
-        return triton.testing.do_bench(fn, warmup=ms // 4, rep=ms, return_mode="median") * 1e3
+    def us(self, *functions, ms: int = 20) -> list[float]:
+        """Median us of each function, all launches queued, for so many ms a function, L2 flushed before each launch.
 
-    def copy_us(self, nbytes: int) -> float:
+        The functions take turns, so that all of them see the same clock: matrix products heat the chip, and it slows down.
+        """
+        estimate = triton.testing.do_bench(lambda: [fn() for fn in functions], warmup=5, rep=5, return_mode="median")
+        rounds = max(10, int(ms * len(functions) / max(estimate, 1e-3)))
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2 * len(functions))] for _ in range(rounds)]
+        for events in marks:
+            for i, fn in enumerate(functions):
+                self.flush.zero_()
+                events[2 * i].record()
+                fn()
+                events[2 * i + 1].record()
+        torch.cuda.synchronize()
+        return [statistics.median(events[2 * i].elapsed_time(events[2 * i + 1]) for events in marks) * 1e3
+                for i in range(len(functions))]
+
+    def copy_of(self, nbytes: int):
         """PyTorch's copy that moves as many bytes: half of them in, half out. Short copies do not reach full bandwidth."""
         x = torch.empty(nbytes // 2, dtype=torch.uint8, device=self.device)
         y = torch.empty_like(x)
-        return self.us(lambda: y.copy_(x))
+        return lambda: y.copy_(x)
 
-    def bytes(self, name: str, fn, nbytes: int, **baselines) -> float:
-        us = self.us(fn)
+    def bytes(self, name: str, fn, nbytes: int, **baselines) -> None:
+        us, copy, *others = self.us(fn, self.copy_of(nbytes), *baselines.values())
         print(f"  {name:34} {us:9.1f} us {nbytes / us / 1e3:7.0f} GB/s   {nbytes / us / 1e3 / self.copy:5.2f} of copy"
-              f"   {self.copy_us(nbytes) / us:5.2f} of a copy this short"
-              + "".join(f"   {self.us(b) / us:5.2f}x {label.replace('_', ' ')}" for label, b in baselines.items()), flush=True)
-        return us
+              f"   {copy / us:5.2f} of a copy this short"
+              + "".join(f"   {other / us:5.2f}x {label.replace('_', ' ')}" for label, other in zip(baselines, others)), flush=True)
 
-    def flops(self, name: str, fn, flops: int, ceiling: float, bf16=None) -> float:
-        """The speed-up is over `bf16` timed right before: matrix products heat the chip, and its clock follows."""
-        base = self.us(bf16, 60) if bf16 else None
-        us = self.us(fn, 60)
+    def flops(self, name: str, fn, flops: int, ceiling: float, bf16=None) -> None:
+        us, *base = self.us(*filter(None, (fn, bf16)), ms=60)
         print(f"  {name:34} {us:9.1f} us {flops / us / 1e6:7.0f} TFLOPS {flops / us / 1e6 / ceiling:5.2f} of dense"
-              + (f"   {base / us:5.2f}x bf16" if base else ""), flush=True)
-        return us
+              + (f"   {base[0] / us:5.2f}x bf16" if bf16 else ""), flush=True)
 
 
 def balanced_routing(T: int, E: int, topk: int, device):

@@ -733,7 +733,7 @@ def test_bench_lines(capsys, monkeypatch):
     if not CUDA:
         monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
     monkeypatch.setattr(kernels.Bench, "__init__", lambda self: vars(self).update(device=DEVICE, copy=1.0, bf16=1.0, fp8=1.0))
-    monkeypatch.setattr(kernels.Bench, "us", staticmethod(lambda fn, ms=0: (fn(), 2.0)[1]))
+    monkeypatch.setattr(kernels.Bench, "us", lambda self, *fns, ms=0: [(fn(), 2.0)[1] for fn in fns])
     kernels.bench_memory_bound(kernels.Bench(), 64, 128, 2, 1, 128, DEVICE)
     kernels.bench_gemm(kernels.Bench(), 64, 128, 2, 1, 128, DEVICE, (128, 512, None))
     printed = capsys.readouterr().out

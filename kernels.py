@@ -1047,7 +1047,7 @@ class Bench:
     def us(self, *functions, ms: int = 20) -> list[float]:
         """Median us of each function, all launches queued, for so many ms a function, L2 flushed before each launch.
 
-        The functions take turns, so that all of them see the same clock: matrix products heat the chip, and it slows down.
+        The functions take turns, so that all of them see the same clock: matrix products draw all the power there is.
         """
         estimate = triton.testing.do_bench(lambda: [fn() for fn in functions], warmup=5, rep=5, return_mode="median")
         rounds = max(10, int(ms * len(functions) / max(estimate, 1e-3)))

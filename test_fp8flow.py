@@ -635,7 +635,7 @@ def test_twins_and_kernels_agree(recipe, monkeypatch):
 
 @pytest.mark.parametrize("recipe", list(fp8flow.RECIPES))
 def test_recompute_is_bit_identical(recipe):
-    inputs = layer_inputs(100, 128, 128, 3, 2)
+    inputs = layer_inputs(100, 128, 128, 3, 2) if CUDA else layer_inputs(40, 128, 128, 2, 2)
     recipe = fp8flow.RECIPES[recipe]
     again = run_layer(fp8flow.switch(recipe, recompute=True), *inputs)
     for a, b in zip(run_layer(recipe, *inputs), again):
@@ -684,6 +684,8 @@ def count(recipe):
     """(the ledger, the launches it ought to have seen: kernels.quantize and kernels.dequantize, counted by themselves)"""
     launches = []
     patch = pytest.MonkeyPatch()
+    if not CUDA:                                                        # calls are counted, whatever runs in them
+        patch.setattr(kernels, "use_kernels", lambda x: False)
     for name in ("quantize", "dequantize"):
         original = getattr(kernels, name)
         patch.setattr(kernels, name, lambda *a, _f=original, _n=name, **k: (launches.append(_n), _f(*a, **k))[1])

@@ -882,7 +882,7 @@ def _grouped_wgrad_kernel(a, b, out, a_scale, b_scale, ends,        # a [M, slot
         m, n = _tile_of(tile % (m_tiles * n_tiles), m_tiles, n_tiles, GROUP)
         begin, end = tl.load(ends + e - 1, mask=e > 0, other=0) // BK, tl.load(ends + e) // BK
         row, col = m * BM, n * BN
-        if PER_STEP and A_PER == BM and B_PER == BN:                # what the direct transpose makes
+        if PER_STEP and A_PER == BM and B_PER == BN:                # tile scales (_launch_gemm then loads a in halves)
             upper, lower = _accumulate_halves(a, b, row, col, begin, end, a_scale + m, b_scale + n, m_tiles, n_tiles, BM, BN, BK)
             _store_halves(out, e * M + row, col, upper, BM // 2, BN)
             _store_halves(out, e * M + row + BM // 2, col, lower, BM // 2, BN)
@@ -893,13 +893,13 @@ def _grouped_wgrad_kernel(a, b, out, a_scale, b_scale, ends,        # a [M, slot
             _store_halves(out, e * M + row, col, acc, BM, BN)
 
 
-def _gemm_config(promote: int | None, per_step: bool, tile_scales: bool) -> dict:
+def _gemm_config(promote: int | None, per_step: bool, halves: bool) -> dict:
     """Tile shape, pipeline depth and programs on a multiprocessor, tuned on Hopper.
 
     The wide tile reads less, but its two accumulators fill the register file: it wins where promotions are rare. Two
     programs share a multiprocessor where each needs half of its registers: one multiplies while the other promotes.
     """
-    if tile_scales:
+    if halves:
         return dict(BM=128, BN=128, num_warps=4, num_stages=3, programs=2)
     if promote is None or promote >= 512:
         return dict(BM=128, BN=256, num_warps=8, num_stages=3, programs=1)
@@ -918,7 +918,7 @@ def check_interval(granularity: str, promote: int | None) -> None:
 
 def _launch_gemm(kernel, a: QTensor, b: QTensor, out: Tensor, pointers, sizes, granularity, promote) -> Tensor:
     wgrad, per_step = kernel is _grouped_wgrad_kernel, granularity == "block"
-    halves = wgrad and per_step and a.rows_per_scale == b.rows_per_scale == BLOCK
+    halves = wgrad and per_step and a.rows_per_scale == b.rows_per_scale == BLOCK       # what the direct transpose makes
     config = _gemm_config(promote, per_step, halves)
     BM, BN, programs = config["BM"], config["BN"], config.pop("programs") * _multiprocessors(out.device)
     box_m, tma = BM // 2 if halves else BM, TensorDescriptor.from_tensor

@@ -3,7 +3,7 @@
 Activations are bf16, master weights fp32, the router computes in fp32. Attention and the router stay what they are in
 every recipe; only `Experts` changes.
 
-Shapes: B sequences, S positions, D model width, T = B*S tokens, E experts, K experts per token.
+Shapes: B sequences, S positions, D model width, T = B*S tokens, E experts, k experts per token.
 """
 from dataclasses import dataclass
 
@@ -68,24 +68,24 @@ class Attention(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router and experts. `load` [E] is each expert's share of the last batch, `balance` its load-balancing loss."""
+    """Router and experts. `load` [E] is each expert's share of the last batch."""
 
     def __init__(self, config: GPTConfig, recipe: Recipe):
         super().__init__()
         self.top_k, self.n_experts = config.top_k, config.n_experts
         self.router = nn.Linear(config.d_model, config.n_experts, bias=False)
         self.experts = Experts(config.n_experts, config.d_model, config.d_expert, recipe)
-        self.balance = self.load = None
+        self.load = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, D] bf16 -> the same, and the load-balancing loss: 1 when the load is even (Switch Transformer, eq. 4)."""
         tokens = rearrange(x, "b s d -> (b s) d")
         scores = self.router(tokens.float()).softmax(-1)                    # [T, E] fp32
-        probs, chosen = scores.topk(self.top_k, dim=-1)                     # [T, K]
+        probs, chosen = scores.topk(self.top_k, dim=-1)                     # [T, k]
         plan = make_plan(chosen, self.n_experts)
         self.load = plan.counts / chosen.numel()
-        self.balance = self.n_experts * (self.load * scores.mean(0)).sum()  # 1 when the load is even (Switch, eq. 4)
         y = self.experts(tokens, probs / probs.sum(-1, keepdim=True), plan)
-        return y.view_as(x)
+        return y.view_as(x), self.n_experts * (self.load * scores.mean(0)).sum()
 
 
 class Block(nn.Module):
@@ -94,9 +94,10 @@ class Block(nn.Module):
         self.norm1, self.attention = RMSNorm(config.d_model, eps=1e-6), Attention(config)
         self.norm2, self.moe = RMSNorm(config.d_model, eps=1e-6), MoE(config, recipe)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.attention(self.norm1(x))
-        return x + self.moe(self.norm2(x))
+        y, balance = self.moe(self.norm2(x))
+        return x + y, balance
 
 
 class GPT(nn.Module):
@@ -121,25 +122,17 @@ class GPT(nn.Module):
     def moes(self) -> list[MoE]:
         return [block.moe for block in self.blocks]
 
-    def cast_weights(self) -> None:
-        """Write the experts' weights in the precision of the recipe: before the first forward, and after every optimizer
-        step, load and move to another device."""
-        for moe in self.moes:
-            moe.experts.cast_weights()
-
     def forward(self, tokens: Tensor, targets: Tensor | None = None):
-        """tokens [B, S] int64 -> logits [B, S, vocab] bf16; with targets, the mean cross-entropy in nats (fp32)."""
-        x = (self.embed(tokens) + self.position[:tokens.shape[1]]).bfloat16()
+        """tokens [B, S] int64 -> logits [B, S, vocab] bf16; with targets, the mean cross-entropy in nats and the mean
+        load-balancing loss over the layers (both fp32)."""
+        x, balances = (self.embed(tokens) + self.position[:tokens.shape[1]]).bfloat16(), []
         for block in self.blocks:
-            x = block(x)
+            x, balance = block(x)
+            balances.append(balance)
         logits = self.head(self.norm(x))
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    def balance_loss(self) -> Tensor:
-        """The mean load-balancing loss of the last forward pass over the layers: 1 is even."""
-        return torch.stack([moe.balance for moe in self.moes]).mean()
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), torch.stack(balances).mean()
 
     def parameter_counts(self) -> tuple[int, int]:
         """(all, active for one token)."""

@@ -7,9 +7,13 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"                    # before the kernels are imported: @triton.jit reads it there
 
+import copy
 import csv
+import inspect
+import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -107,18 +111,17 @@ TILES = [(128, 128), (256, 384)] + ([(4096, 2048), (1024, 7168), (640, 1408)] if
 # ---------------------------------------------------------------------------------------------------------------------
 # quantize
 
-@pytest.mark.parametrize("granularity", ["block", "row"])
 @pytest.mark.parametrize("scales", ["pow2", "fp32"])
 @pytest.mark.parametrize("kind", ["plain", "heavy", "gradient"])
 @pytest.mark.parametrize("R, C", SHAPES)
-def test_quantize_kernel_equals_twin(R, C, kind, scales, granularity):
+def test_quantize_kernel_equals_twin(R, C, kind, scales):
     for dtype in (torch.bfloat16, torch.float32):
         x = data(kind, R, C, dtype=dtype)
-        q = kernels.quantize(x, scales, granularity)
-        assert same_bits(q, kernels.quantize_ref(x, scales, granularity))
+        q = kernels.quantize(x, scales)
+        assert same_bits(q, kernels.quantize_ref(x, scales))
         assert torch.equal(kernels.dequantize(q), kernels.dequantize_ref(q))
         assert torch.equal(kernels.dequantize(q, torch.bfloat16), kernels.dequantize_ref(q, torch.bfloat16))
-        assert sqnr(kernels.dequantize(q), x) > (30 if kind != "heavy" or granularity == "block" else 25)
+        assert sqnr(kernels.dequantize(q), x) > 30
 
 
 def blocks_by_hand() -> torch.Tensor:
@@ -167,19 +170,17 @@ def test_pow2_scale_is_minimal():
     assert (scale * 448 >= amax).all() and (scale / 2 * 448 < amax).all()
 
 
-@pytest.mark.parametrize("granularity", ["block", "row"])
 @pytest.mark.parametrize("scales", ["pow2", "fp32"])
-def test_quantize_weight(scales, granularity):
+def test_quantize_weight(scales):
     w = data("heavy", 3 * 256, 384, dtype=torch.float32).view(3, 256, 384) / 50
     w[1] = 0
-    q, qt = kernels.quantize_weight(w, scales, granularity)
-    ref, ref_t = kernels.quantize_weight_ref(w, scales, granularity)
+    q, qt = kernels.quantize_weight(w, scales)
+    ref, ref_t = kernels.quantize_weight_ref(w, scales)
     assert same_bits(q, ref) and same_bits(qt, ref_t)
-    if granularity == "block":
-        assert torch.equal(kernels.dequantize(q).mT, kernels.dequantize(qt))
+    assert torch.equal(kernels.dequantize(q).mT, kernels.dequantize(qt))
     assert sqnr(kernels.dequantize(q), w) > 25 and sqnr(kernels.dequantize(qt), w.mT) > 25
     w[2, 5, 7] = torch.nan
-    for q, at in zip(kernels.quantize_weight(w, scales, granularity), [(2, 5, 7), (2, 7, 5)]):
+    for q, at in zip(kernels.quantize_weight(w, scales), [(2, 5, 7), (2, 7, 5)]):
         y = kernels.dequantize(q)
         assert y[at].isnan() and y[:2].isfinite().all()
 
@@ -232,16 +233,13 @@ def test_transpose_against_exact_arithmetic(twin):
 @pytest.mark.parametrize("kind", ["plain", "heavy", "gradient"])
 @pytest.mark.parametrize("M, C", TILES)
 def test_transpose_kernel_equals_twin(M, C, kind):
-    for granularity in ("block", "row"):
-        q = kernels.quantize(data(kind, M, C), granularity=granularity)
-        out = kernels.scaling_aware_transpose(q)
-        assert out.shape == (C, M) and same_bits(out, kernels.scaling_aware_transpose_ref(q))
-        rows = torch.randint(-1, M, (256,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-        target = torch.full((2,), 2.0 ** 40, device=DEVICE)
-        for t in (None, target):
-            assert same_bits(kernels.scaling_aware_transpose(q, rows, t), kernels.scaling_aware_transpose_ref(q, rows, t))
-        assert same_bits(kernels.scaling_aware_transpose(q, rows),
-                         kernels.scaling_aware_transpose(kernels.gather_rows(q, rows)))
+    q = kernels.quantize(data(kind, M, C))
+    out = kernels.scaling_aware_transpose(q)
+    assert out.shape == (C, M) and same_bits(out, kernels.scaling_aware_transpose_ref(q))
+    rows = torch.randint(-1, M, (256,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    permuted = kernels.scaling_aware_transpose(q, rows)
+    assert same_bits(permuted, kernels.scaling_aware_transpose_ref(q, rows))
+    assert same_bits(permuted, kernels.scaling_aware_transpose(kernels.gather_rows(q, rows)))
 
 
 def test_zero_rows_do_not_flush_tiny_rows():
@@ -276,17 +274,6 @@ def test_direct_transpose_against_requantizing():
     assert error["row", "pow2"] - error["requant", "pow2"] < 0.2 and error["row", "pow2"] - error["direct"] < 0.2
 
 
-def test_transpose_refuses():
-    with pytest.raises(ValueError, match="pow2"):
-        kernels.scaling_aware_transpose(kernels.quantize(data("plain", 128, 128), "fp32"))
-    with pytest.raises(ValueError, match="multiple of 128"):
-        kernels.scaling_aware_transpose(kernels.quantize(data("plain", 100, 128)))
-    with pytest.raises(ValueError, match="multiple of 128"):
-        kernels.quantize(data("plain", 128, 100))
-    with pytest.raises(ValueError, match="scales"):
-        kernels.quantize(data("plain", 128, 128), "e8m0")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # SwiGLU: against fp64, and the emitted codes against quantizing the unquantized result
 
@@ -301,10 +288,9 @@ def swiglu_exact(h, prob, da=None):
     return a.detach(), h.grad, prob.grad
 
 
-@pytest.mark.parametrize("granularity", ["block", "row"])
 @pytest.mark.parametrize("scales", ["pow2", "fp32"])
 @pytest.mark.parametrize("M, width", [(3, 128), (128, 384)] + ([(1024, 2048), (640, 1408)] if CUDA else []))
-def test_swiglu(M, width, scales, granularity):
+def test_swiglu(M, width, scales):
     h, da = data("plain", M, 2 * width) * 3, data("plain", M, width, seed=1)
     prob = torch.rand(M, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     prob[0] = 0                                                         # a padding slot
@@ -314,11 +300,11 @@ def test_swiglu(M, width, scales, granularity):
     got_dh, got_dprob = kernels.swiglu_backward(da, h, prob)
     assert sqnr(got_dh, dh) > 50 and sqnr(got_dprob, dprob) > 110
 
-    q = kernels.swiglu_quantize(h, prob, scales, granularity)
-    qh, qprob, qa = kernels.swiglu_backward_quantize(da, h, prob, scales, granularity)
+    q = kernels.swiglu_quantize(h, prob, scales)
+    qh, qprob, qa = kernels.swiglu_backward_quantize(da, h, prob, scales)
     assert sqnr(qprob, dprob) > 110 and same_bits(q, qa)                # backward recomputes the same codes
     for got, exact in ((q, a), (qh, dh)):
-        want = kernels.quantize_ref(exact.float(), scales, granularity)
+        want = kernels.quantize_ref(exact.float(), scales)
         assert got.scale.shape == want.scale.shape
         assert (got.data.view(torch.uint8) != want.data.view(torch.uint8)).float().mean() < 1e-3   # ties, last ulp
         assert sqnr(kernels.dequantize(got), kernels.dequantize(want)) > 45
@@ -348,12 +334,11 @@ def test_gather_and_sum_rows(T, C, M):
     rows[:7] = -1
     x = data("gradient", T, C)
     assert torch.equal(kernels.gather_rows(x, rows), kernels.gather_rows_ref(x, rows))
-    for granularity in ("block", "row"):
-        q = kernels.quantize(x, granularity=granularity)
-        got = kernels.gather_rows(q, rows)
-        assert same_bits(got, kernels.gather_rows_ref(q, rows))
-        assert (got.data[:7].view(torch.uint8) == 0).all() and (got.scale[:, :7] == SCALE_MIN).all()
-        assert torch.equal(kernels.dequantize(got), torch.where((rows >= 0)[:, None], kernels.dequantize(q)[rows], 0))
+    q = kernels.quantize(x)
+    got = kernels.gather_rows(q, rows)
+    assert same_bits(got, kernels.gather_rows_ref(q, rows))
+    assert (got.data[:7].view(torch.uint8) == 0).all() and (got.scale[:, :7] == SCALE_MIN).all()
+    assert torch.equal(kernels.dequantize(got), torch.where((rows >= 0)[:, None], kernels.dequantize(q)[rows], 0))
     for topk in (1, 2, 5):
         slots = torch.randint(0, T, (M, topk), generator=torch.Generator().manual_seed(4)).to(DEVICE)
         assert torch.equal(kernels.sum_rows(x, slots), kernels.sum_rows_ref(x, slots))
@@ -364,7 +349,7 @@ def test_views_are_taken_as_they_read():
     x, prob = data("plain", 256, 128).t(), torch.rand(128, 2, generator=torch.Generator().manual_seed(7)).to(DEVICE)[:, 0]
     assert same_bits(kernels.quantize(x), kernels.quantize(x.contiguous()))
     assert same_bits(kernels.swiglu_quantize(x, prob), kernels.swiglu_quantize(x.contiguous(), prob.contiguous()))
-    rows = torch.arange(128, device=DEVICE)
+    rows = torch.arange(256, device=DEVICE)[::2] // 2                               # every second of an int64 tensor
     assert torch.equal(kernels.gather_rows(x, rows), x)
     assert torch.equal(kernels.sum_rows(x, rows[:, None]), x)
     da = data("plain", 128, 128, seed=1).t()
@@ -372,7 +357,9 @@ def test_views_are_taken_as_they_read():
         assert torch.equal(a, b)
     q, (w, _) = kernels.quantize(x), kernels.quantize_weight(data("plain", 128, 256, dtype=torch.float32)[None])
     strided = q._replace(data=q.data.view(torch.uint8).t().contiguous().t().view(FP8))
-    assert torch.equal(kernels.grouped_gemm(strided, w, *expert_tiles([1])), kernels.grouped_gemm(q, w, *expert_tiles([1])))
+    tile_expert, ends = torch.tensor([[0, -1]], device=DEVICE).int(), torch.tensor([[128, 0]], device=DEVICE).int()
+    assert torch.equal(kernels.grouped_gemm(strided, w, tile_expert[:, 0], ends[:, 0]),
+                       kernels.grouped_gemm(q, w, tile_expert[0, :1], ends[0, :1]))
 
 
 def test_gather_skips_unused_tiles():
@@ -390,6 +377,7 @@ def test_gather_skips_unused_tiles():
 # grouped GEMM: against fp64 on the dequantized operands, so that quantization error cannot hide a bug
 
 COUNTS = [[1, 0, 2]] + ([[3, 0, 7, 1, 0, 12], [0, 0, 32], [16, 16, 16, 16, 16, 16, 16]] if CUDA else [])
+LEVELS = ["loop", "hopper"] if CUDA and torch.cuda.get_device_capability()[0] == 9 else ["loop"]
 
 
 def expert_tiles(counts):
@@ -399,115 +387,147 @@ def expert_tiles(counts):
     return torch.cat([tiles, torch.tensor([-1])]).int().to(DEVICE), ends.int().to(DEVICE)
 
 
-def gemm_bar(promote) -> float:
-    """dB. The tensor core keeps ~14 bits and truncates: 0.01% of error at 128, 0.1% at 2048 on zero-mean sums."""
-    return 70 if promote == BLOCK else 55
+def at_every_level(gemm):
+    """The result of `gemm()`, from every kernel that runs here: the same bits."""
+    results = []
+    for level in LEVELS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "use_hopper_gemm", lambda x: level == "hopper")
+            results.append(gemm())
+    for other in results[1:]:
+        assert torch.equal(results[0].view(torch.uint8), other.view(torch.uint8)), "level 3 differs from level 2"
+    return results[-1]
 
 
+# N: 128 (half of a Hopper tile), 384 and 1408 (its last tile is half), K: one step, an odd number of steps, many
 @pytest.mark.parametrize("scales", ["pow2", "fp32"])
-@pytest.mark.parametrize("granularity, promote", [("block", 128), ("row", 128), ("row", 256), ("row", 512), ("row", None)])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize("N, K", [(256, 384)] + ([(1408, 2048), (4096, 1280)] if CUDA else []))
-def test_grouped_gemm(N, K, counts, granularity, promote, scales):
+@pytest.mark.parametrize("N, K", [(256, 384), (128, 128)] + ([(384, 128), (1408, 2048), (4096, 1280)] if CUDA else []))
+def test_grouped_gemm(N, K, counts, scales):
     tile_expert, ends = expert_tiles(counts)
     M, E = len(tile_expert) * BLOCK, len(counts)
-    x, w = data("gradient", M, K), data("plain", E * N, K, seed=1, dtype=torch.float32)
-    if granularity == "block":
-        x, w = vary_blocks(x), vary_blocks(w)
-    a = kernels.quantize(x, scales, granularity)
-    b, _ = kernels.quantize_weight(w.view(E, N, K), scales, granularity)
-    out = kernels.grouped_gemm(a, b, tile_expert, ends, granularity, promote)
-    assert out.shape == (M, N) and out.dtype == torch.bfloat16
-    x, w = kernels.dequantize(a).double(), kernels.dequantize_ref(b).double()
-    expert = tile_expert.repeat_interleave(BLOCK)
+    x, w = vary_blocks(data("gradient", M, K)), vary_blocks(data("plain", E * N, K, seed=1, dtype=torch.float32))
+    a, (b, _) = kernels.quantize(x, scales), kernels.quantize_weight(w.view(E, N, K), scales)
+    used = sum(counts) * BLOCK
+    out = at_every_level(lambda: kernels.grouped_gemm(a, b, tile_expert, ends)[:used])
+    assert out.shape == (used, N) and out.dtype == torch.bfloat16
+    x, w = kernels.dequantize(a).double()[:used], kernels.dequantize_ref(b).double()
+    expert = tile_expert.repeat_interleave(BLOCK)[:used]
     for e in range(E):
         if counts[e]:
             want = x[expert == e] @ w[e].T
             unit = want.square().mean(1, keepdim=True).sqrt().clamp(min=1e-300)        # every row counts, tiny ones too
-            assert sqnr(out[expert == e].double() / unit, want / unit) > min(50, gemm_bar(promote))
+            assert sqnr(out[expert == e].double() / unit, want / unit) > 50             # bf16 rounds at 2^-9: 56 dB
 
 
-@pytest.mark.parametrize("operands, promote", [("direct block", 128), ("requant block", 128), ("direct row", 128),
-                                               ("direct row", 512), ("direct row", None), ("requant row", 512)])
+@pytest.mark.parametrize("operands", ["tile, tile", "column, column", "column, tile", "tile, column"])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize("M, N", [(128, 384)] + ([(2048, 1408)] if CUDA else []))
-def test_grouped_wgrad(M, N, counts, promote, operands):
-    kind, granularity = operands.split()
+@pytest.mark.parametrize("M, N", [(128, 384)] + ([(2048, 1408), (256, 128)] if CUDA else []))
+def test_grouped_wgrad(M, N, counts, operands):
+    """Scales a tile (from the direct transpose), scales a column (requantized), and one of each."""
     tile_expert, ends = expert_tiles(counts)
     slots = len(tile_expert) * BLOCK
-    rows = torch.arange(slots, device=DEVICE)
-
-    def column_wise(x):
-        if kind == "direct":
-            q = kernels.quantize(x, granularity=granularity)
-            target = kernels.expert_scale(q.scale, rows, ends) if granularity == "row" else None
-            return kernels.scaling_aware_transpose(q, target=target)
-        if granularity == "block":
-            return kernels.quantize(x.t())
-        return kernels.quantize(x.t(), scale=kernels.column_scale(x, ends, "pow2"))
-    x, y = data("plain", slots, M), data("plain", slots, N, seed=1)
-    if granularity == "block":
-        x, y = vary_blocks(x), vary_blocks(y)
-    a, b = column_wise(x), column_wise(y)
+    a, b = (kernels.quantize(x.t()) if kind == "column" else kernels.scaling_aware_transpose(kernels.quantize(x))
+            for kind, x in zip(operands.split(", "), (vary_blocks(data("plain", slots, C, seed=C)) for C in (M, N))))
+    x, y = kernels.dequantize(a).double(), kernels.dequantize(b).double()
     for dtype in (torch.float32, torch.bfloat16):
-        out = kernels.grouped_wgrad(a, b, ends, granularity, promote, dtype)
+        out, begin = at_every_level(lambda: kernels.grouped_wgrad(a, b, ends, dtype)), 0
         assert out.shape == (len(counts), M, N) and out.dtype == dtype
-        x, y, begin = kernels.dequantize(a).double(), kernels.dequantize(b).double(), 0
         for e, end in enumerate(ends.tolist()):
             if end > begin:
-                want = x[:, begin:end] @ y[:, begin:end].T
-                assert sqnr(out[e], want) > (gemm_bar(promote) if dtype == torch.float32 else 50)
+                # the tensor core keeps ~14 bits and truncates: 0.01% of error on sums of 128, promoted
+                assert sqnr(out[e], x[:, begin:end] @ y[:, begin:end].T) > (70 if dtype == torch.float32 else 50)
             else:
                 assert (out[e] == 0).all()                                              # zeros, not what was there
             begin = end
 
 
-@pytest.mark.parametrize("granularity, promote", [("block", 128), ("row", 512), ("row", None)])
-def test_gemms_repeat_and_leave_unused_tiles_alone(granularity, promote):
+def test_gemms_repeat_and_leave_unused_tiles_alone():
     """Loads, products and promotions overlap: a missing wait would show as a run that differs. Unused tiles hold anything."""
     runs, counts, N, K = (60, [9, 0, 23, 31], 2048, 1408) if CUDA else (2, [1, 0, 1], 128, 256)
     tile_expert, ends = expert_tiles(counts)
     rows, used = len(tile_expert) * BLOCK, sum(counts) * BLOCK
-    x, dy = (kernels.quantize(data("plain", rows, C), granularity=granularity) for C in (K, N))
-    w, _ = kernels.quantize_weight(data("plain", len(counts) * N, K, dtype=torch.float32).view(-1, N, K), granularity=granularity)
-    xt, dyt = (kernels.scaling_aware_transpose(q, target=None if granularity == "block" else kernels.expert_scale(q.scale, None, ends))
-               for q in (x, dy))
+    x, dy = (kernels.quantize(data("plain", rows, C)) for C in (K, N))
+    w, _ = kernels.quantize_weight(data("plain", len(counts) * N, K, dtype=torch.float32).view(-1, N, K))
+    direct = [kernels.scaling_aware_transpose(q) for q in (dy, x)]
+    requantized = [kernels.quantize(kernels.dequantize(q).t()) for q in (dy, x)]
 
     def run():
-        return (kernels.grouped_gemm(x, w, tile_expert, ends, granularity, promote)[:used],
-                kernels.grouped_wgrad(dyt, xt, ends, granularity, promote))
+        return (kernels.grouped_gemm(x, w, tile_expert, ends)[:used], kernels.grouped_wgrad(*direct, ends),
+                kernels.grouped_wgrad(*requantized, ends, torch.bfloat16))
     first = run()
     assert all(result.isfinite().all() for result in first)
     x.data.view(torch.uint8)[used:], x.scale[:, used:] = 0x7F, torch.nan
-    for q in (xt, dyt):
+    for q in direct + requantized:
         q.data.view(torch.uint8)[:, used:], q.scale[used // BLOCK:] = 0x7F, torch.nan
     for _ in range(runs - 1):
         assert all(torch.equal(a, b) for a, b in zip(run(), first))
 
 
-@pytest.mark.parametrize("twin", [False, True])
-def test_promote_is_checked(twin, monkeypatch):
-    if twin:
-        monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
-    tile_expert, ends = expert_tiles([1])
-    a = kernels.quantize(data("plain", 256, 256))
-    b, _ = kernels.quantize_weight(data("plain", 128, 256).view(1, 128, 256))
-    with pytest.raises(ValueError, match="granularity=row"):
-        kernels.grouped_gemm(a, b, tile_expert, ends, "block", 512)
-    with pytest.raises(ValueError, match="multiple of 128"):
-        kernels.grouped_gemm(a, b, tile_expert, ends, "row", 100)
+@pytest.mark.skipif(not CUDA, reason="operands of more than 2^31 elements, 9 GB: the interpreter would take hours")
+def test_gemm_offsets_beyond_2_31():
+    slots, C = 2 ** 20 + 1024, 2048
+    x = data("plain", 1024, C).repeat(slots // 1024, 1)
+    q, (w, _) = kernels.quantize(x), kernels.quantize_weight(data("plain", 128, C, dtype=torch.float32)[None])
+    tiles, ends = torch.zeros(slots // BLOCK, dtype=torch.int32, device=DEVICE), torch.tensor([slots], device=DEVICE).int()
+    for out in (at_every_level(lambda: kernels.grouped_gemm(q, w, tiles, ends)),):
+        assert torch.equal(out[:1024], out[-1024:]) and out.float().std() > 1
+    t = kernels.scaling_aware_transpose(q)
+    rest, last = torch.tensor([slots - 1024, slots], device=DEVICE).int(), t.data[-256:], 
+    b = QTensor(t.data[-256:], t.scale[:, -2:])
+    dw = at_every_level(lambda: kernels.grouped_wgrad(t, b, rest))
+    first = kernels.grouped_wgrad(QTensor(t.data[:, :1024].contiguous(), t.scale[:8]),
+                                  QTensor(b.data[:, :1024].contiguous(), b.scale[:8]), torch.tensor([1024], device=DEVICE).int())
+    assert torch.equal(dw[1], first[0])
 
 
-def test_expert_scale():
-    tile_expert, ends = expert_tiles([2, 0, 1])
-    scale = torch.exp2(torch.randint(-40, 0, (1, 50), generator=torch.Generator().manual_seed(5)).float()).to(DEVICE)
-    rows = torch.randint(-1, 50, (512,), generator=torch.Generator().manual_seed(6)).to(DEVICE)
-    rows[256:384] = -1
-    rows[300] = 7                                                                       # one live row in a tile of padding
-    top = kernels.expert_scale(scale, rows, ends)[:3]
-    want = torch.where(rows >= 0, scale[0, rows], SCALE_MIN)
-    assert top.tolist() == [want[:256].max(), want[:256].max(), scale[0, 7]]
-    assert torch.equal(top, kernels.expert_scale_ref(scale, rows, ends)[:3])
+COMPILE = """
+import kernels, triton
+from kernels import BLOCK, gl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+def descriptor(name, dtype, rows):
+    layout = gl.NVMMASharedLayout.get_default_for([rows, BLOCK], dtype)
+    return f"tensordesc<{name}[{rows}, {BLOCK}],{layout!r}>"
+
+def report(level, capability, source, kernel, types, constants, **options):
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    compiled = triton.compile(source(kernel, signature, constants, attrs), target=GPUTarget("cuda", capability, 32), options=options)
+    print("RESULT", level, capability, compiled.metadata.shared, flush=True)
+
+pointers = dict.fromkeys(("a_scale", "b_scale"), "*fp32") | dict.fromkeys(("tile_expert", "ends"), "*i32")
+cases = [(False, 1, 128, 2), (True, 128, 128, 2), (True, 128, 128, 4), (True, 1, 1, 2), (True, 1, 1, 4)]
+for wgrad, a_per, b_per, out_bytes in cases:                # fprop and dgrad, wgrad, requantized wgrad; bf16 and fp32
+    out, out_type = ("bf16", gl.bfloat16) if out_bytes == 2 else ("fp32", gl.float32)
+    layout = dict(WGRAD=wgrad, A_PER=a_per, B_PER=b_per)
+    options = kernels._hopper_options(b_per, out_bytes)
+    tiles = {name: options.pop(name) for name in ("WIDTH", "STAGES")}
+    types = dict(a=descriptor("fp8e4nv", gl.float8e4nv, BLOCK), out=descriptor(out, out_type, BLOCK // 2), **pointers)
+    report("hopper", 90, GluonASTSource, kernels._hopper_gemm_kernel, dict(types, b=types["a"]),
+           dict(layout, PROGRAMS=132, **tiles), **options)
+    for capability in (89, 90, 100, 120):
+        report("loop", capability, ASTSource, kernels._grouped_gemm_kernel, dict(a="*u8", b="*u8", out="*" + out, **pointers),
+               dict(layout, TILE=BLOCK), num_warps=8, num_stages=3)
+"""
+
+
+def test_gemms_compile_without_a_gpu(tmp_path):
+    """Both GEMM kernels for every layout of scales, by whatever Triton is installed: no spills, and they fit in the shared
+    memory of the GPUs they are meant for: 227 KB on Hopper and data-centre Blackwell, 99 KB on 8.9 and 12.0."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=ROOT,
+                          env=env | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DUMP_PTXAS_LOG": "1"})
+    assert done.returncode == 0, done.stderr
+    results = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert len(results) == 25
+    for level, capability, shared in results:
+        limit = kernels.SHARED_MEMORY if level == "hopper" else 99 * 1024
+        assert int(shared) <= limit, f"{level} for sm_{capability} needs {shared} bytes"
+    spills = [line for line in done.stdout.splitlines() if "bytes spill stores" in line]
+    assert len(spills) == 25 and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), spills
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,16 +567,25 @@ def test_plan(T, E, K, reason, kind):
     assert torch.equal(plan.counts, torch.stack([(experts == e).sum() for e in range(E)]))
     padded = (plan.counts + 127) // BLOCK * BLOCK
     assert torch.equal(plan.ends, padded.cumsum(0).int())
-    live = plan.pair >= 0
+    live, unpadded = plan.pair >= 0, plan.unpadded
     assert live.sum() == T * K and torch.equal(plan.pair[live].sort().values, torch.arange(T * K, device=DEVICE))
     assert torch.equal(plan.pair[plan.slot.flatten()], torch.arange(T * K, device=DEVICE))          # inverse
     assert torch.equal(plan.token[live], plan.pair[live] // K) and (plan.token[~live] == -1).all()
     assert torch.equal(plan.tile_expert.repeat_interleave(BLOCK)[live], experts.flatten()[plan.pair[live]].int())
     assert (plan.tile_expert[plan.ends[-1] // BLOCK:] == -1).all() and (plan.tile_expert[:plan.ends[-1] // BLOCK] >= 0).all()
-    assert torch.equal(plan.compact_slot[plan.compact.flatten()], plan.slot.flatten())
-    assert torch.equal(plan.compact_token[plan.compact.flatten()], torch.arange(T * K, device=DEVICE) // K)
+    assert torch.equal(unpadded.slot[unpadded.row_of_pair.flatten()], plan.slot.flatten())
+    assert torch.equal(unpadded.token[unpadded.row_of_pair.flatten()], torch.arange(T * K, device=DEVICE) // K)
+    assert torch.equal(unpadded.row_of_slot[unpadded.slot], torch.arange(T * K, device=DEVICE))
     if kind == "one" and K == 1:
         assert plan.counts.tolist() == [T if e == 1 else 0 for e in range(E)]
+
+
+def test_plan_by_hand():
+    """The example in make_plan's docstring."""
+    plan = fp8flow.make_plan(torch.tensor([[1], [0], [1]], device=DEVICE), 2, block=4)
+    assert plan.token.tolist() == [1, -1, -1, -1, 0, 2, -1, -1, -1, -1, -1, -1]
+    assert plan.slot.tolist() == [[4], [0], [5]] and plan.tile_expert.tolist() == [0, 1, -1]
+    assert plan.ends.tolist() == [4, 8] and plan.counts.tolist() == [1, 2]
 
 
 def test_permute_round_trip():
@@ -596,7 +625,6 @@ def build_layer(recipe, w1, w2):
 def run_layer(recipe, experts, probs, x, dout, w1, w2, module=None):
     """(out, dx, dprobs, dw1, dw2) of the expert layer."""
     module = module or build_layer(recipe, w1, w2)
-    module.cast_weights()
     x, probs = x.clone().requires_grad_(), probs.clone().requires_grad_()
     out = module(x, probs, fp8flow.make_plan(experts, len(w1)))
     out.backward(dout)
@@ -621,14 +649,11 @@ NAMES = ["out", "dx", "dprobs", "dw1", "dw2"]
 FP8_BAR, REQUANT_BAR, BF16_BAR = 22, 20, 42
 
 
-@pytest.mark.parametrize("recipe", [*fp8flow.RECIPES, "never", "row requant fp32"])
+@pytest.mark.parametrize("recipe", list(fp8flow.RECIPES))
 @pytest.mark.parametrize("T, D, width, E, K, kind", [(150, 128, 256, 3, 2, "empty")] + (
     [(2048, 1024, 1408, 8, 2, "random"), (1000, 2048, 512, 7, 3, "one"), (4096, 512, 1536, 16, 4, "empty")] if CUDA else []))
 def test_layer_against_fp64(T, D, width, E, K, kind, recipe):
-    recipe = {"never": fp8flow.Recipe(granularity="row", promote=None),
-              "row requant fp32": fp8flow.Recipe(transpose="requant", scales="fp32", granularity="row", promote=512),
-              **fp8flow.RECIPES}[recipe]
-    inputs = layer_inputs(T, D, width, E, K, kind)
+    recipe, inputs = fp8flow.RECIPES[recipe], layer_inputs(T, D, width, E, K, kind)
     bar = BF16_BAR if recipe.precision == "bf16" else FP8_BAR if recipe.transpose == "direct" else REQUANT_BAR
     for name, got, want in zip(NAMES, run_layer(recipe, *inputs), exact_layer(*inputs)):
         assert got.shape == want.shape and sqnr(got, want) > bar, f"{name}: {sqnr(got, want):.1f} dB"
@@ -649,7 +674,7 @@ def test_twins_and_kernels_agree(recipe, monkeypatch):
 def test_recompute_is_bit_identical(recipe):
     inputs = layer_inputs(100, 128, 128, 3, 2) if CUDA else layer_inputs(40, 128, 128, 2, 2)
     recipe = fp8flow.RECIPES[recipe]
-    again = run_layer(fp8flow.switch(recipe, recompute=True), *inputs)
+    again = run_layer(fp8flow.switch(recipe, recompute="on"), *inputs)
     for a, b in zip(run_layer(recipe, *inputs), again):
         assert torch.equal(a, b)
 
@@ -690,67 +715,191 @@ def test_no_sync_in_the_layer(recipe, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the ledger
+# weights are cast once per optimizer step, and never used stale
+
+def test_changed_weights_are_cast_again(tmp_path):
+    experts, probs, x, _, w1, w2 = layer_inputs(20, 128, 128, 2, 1)
+    module, plan = build_layer(fp8flow.RECIPES["flow"], w1, w2), fp8flow.make_plan(experts, 2)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    casts = []
+
+    def fresh(layer=module):
+        """The output equals that of weights cast this moment; `casts` counts the casts that the layer made itself."""
+        with kernels.trace() as launches:
+            y = layer(x, probs, plan)
+        casts.append(sum(launch.op == "quantize_weight" for launch in launches) // 2)
+        layer.cast_weights()
+        assert torch.equal(y, layer(x, probs, plan))
+        return y
+    first = fresh()
+    assert torch.equal(fresh(), first) and casts == [1, 0]              # unchanged: not cast again
+    (module.w1.sum() + module.w2.sum()).backward()
+    optimizer.step()                                                    # fused: leaves w1._version alone
+    assert not torch.equal(fresh(), first) and casts[-1] == 1
+    with torch.no_grad():
+        module.w2[0].mul_(2)
+    fresh()
+    state = {name: 3 * w for name, w in module.state_dict().items()}
+    module.load_state_dict(state)
+    fresh()
+    module.load_state_dict(state, assign=True)
+    fresh()
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        other.w1.neg_()
+    fresh(other)
+    fresh()
+    assert casts[2:] == [1, 1, 1, 1, 1, 0]
+    module.to(torch.bfloat16).to(torch.float32)
+    fresh()
+    assert casts[-1] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# memory: what backward has used is freed, even while the graph lives
+
+def held_by(ctx) -> list:
+    """The attributes of an autograd context that hold activations or weights."""
+    return [name for name, value in vars(ctx).items() for t in kernels._leaves((value,)) if t.is_floating_point()]
+
+
+@pytest.mark.parametrize("spec", ["bf16", "naive", "flow", "flow,recompute=on"])
+def test_activations_do_not_outlive_backward(spec):
+    experts, probs, x, dy, w1, w2 = layer_inputs(20, 128, 128, 2, 1)
+    module = build_layer(fp8flow.parse_spec(spec), w1, w2)
+    y = module(x.requires_grad_(), probs, fp8flow.make_plan(experts, 2))
+    saved = [weakref.ref(t) for t in y.grad_fn.saved_tensors if t is not None and t.dtype != torch.float32]
+    assert not held_by(y.grad_fn) and saved
+    y.backward(dy)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.grad_fn.saved_tensors                                         # y, and with it the graph, is alive; what it saved is not
+
+
+def test_a_step_leaves_no_graph_behind(monkeypatch):
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
+    gpt = model.GPT(train_py.PRESETS["tiny"].config, fp8flow.RECIPES["flow"])
+    text = torch.randint(256, (1, 17))
+    loss, balance = gpt(text[:, :-1], text[:, 1:])
+    (loss + balance).backward()
+    held = [name for module in gpt.modules() for name, value in vars(module).items()
+            for t in kernels._leaves((value,)) if t.grad_fn is not None]
+    assert held == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the trace and the ledger
+
+def traced(recipe):
+    with kernels.trace() as launches:
+        run_layer(recipe, *layer_inputs(1, 128, 128, 1, 1))             # one tile of slots: casts do not depend on the size
+    return launches
+
 
 def count(recipe):
-    """(the ledger, the launches it ought to have seen: kernels.quantize and kernels.dequantize, counted by themselves)"""
-    launches = []
-    patch = pytest.MonkeyPatch()
-    for name in ("quantize", "dequantize"):
-        original = getattr(kernels, name)
-        patch.setattr(kernels, name, lambda *a, _f=original, _n=name, **k: (launches.append(_n), _f(*a, **k))[1])
-    try:
-        with fp8flow.count_casts() as ledger:
-            run_layer(recipe, *layer_inputs(1, 128, 128, 1, 1))       # one tile of slots: casts do not depend on the size
-    finally:
-        patch.undo()
-    return ledger, launches
+    """(the casts, the launches they ought to be: kernels.quantize and kernels.dequantize, counted by themselves)"""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("quantize", "dequantize"):
+            original = getattr(kernels, name)
+            patch.setattr(kernels, name, lambda *a, _f=original, _n=name, **k: (calls.append(_n), _f(*a, **k))[1])
+        with fp8flow.count_casts() as casts:
+            run_layer(recipe, *layer_inputs(1, 128, 128, 1, 1))
+    return casts, calls
 
 
-@pytest.mark.parametrize("preset, changes, casts", [
-    ("bf16", {}, 0), ("naive", {}, 12), ("flow", {}, 2), ("flow-row", {}, 2),
-    ("naive", dict(scales="pow2"), 12), ("naive", dict(scales="pow2", transpose="direct"), 4),
-    ("naive", dict(swiglu="fused"), 10), ("naive", dict(permute="fused"), 12), ("naive", dict(granularity="row"), 12),
-    ("flow", dict(transpose="requant"), 10), ("flow", dict(swiglu="unfused"), 4), ("flow", dict(permute="unfused"), 2),
-    ("flow", dict(granularity="row"), 2), ("flow", dict(recompute=True), 2), ("naive", dict(recompute=True), 12)], ids=str)
-def test_ledger(preset, changes, casts):
-    ledger, launches = count(fp8flow.switch(fp8flow.RECIPES[preset], **changes))
-    assert len(ledger) == casts == len(launches)
-    assert [c.kind == "DQ" for c in ledger] == [name == "dequantize" for name in launches]
-    assert len(ledger.weights) == 2
+@pytest.mark.parametrize("spec, casts", [
+    ("bf16", 0), ("naive", 12), ("flow", 2), ("naive,scales=pow2", 12), ("naive,scales=pow2,transpose=direct", 4),
+    ("naive,swiglu=fused", 10), ("naive,permute=fused", 12), ("flow,transpose=requant", 10), ("flow,swiglu=unfused", 4),
+    ("flow,permute=unfused", 2), ("flow,recompute=on", 2), ("naive,recompute=on", 12), ("bf16,recompute=on", 0)])
+def test_ledger(spec, casts):
+    found, calls = count(fp8flow.parse_spec(spec))
+    assert [launch.op for launch in found] == calls and len(calls) == casts
     if casts == 12:
-        assert {(c.tensor, c.kind) for c in ledger} == {(t, k) for t in ("X", "A", "dY", "dH") for k in ("Q", "DQ", "Q'")}
+        assert {(c.tensor, c.cast) for c in found} == {(t, k) for t in ("X", "A", "dY", "dH") for k in ("Q", "DQ", "Q'")}
     if casts == 2:
-        assert list(ledger) == [("X", "Q", "forward"), ("dY", "Q", "backward")]
+        assert [(c.tensor, c.cast, c.direction) for c in found] == [("X", "Q", "forward"), ("dY", "Q", "backward")]
+
+
+@pytest.mark.parametrize("recipe", ["naive", "flow"])
+def test_the_margin_of_the_layer_tells_the_casts(recipe):
+    """The numbers and names behind '# naive 1   flow 1   Q(X)' in the source are those of a run."""
+    written = {}
+    for line in inspect.getsource(fp8flow.FP8Experts).splitlines():
+        if margin := re.search(rf"# .*{recipe} ([\d ]+)", line):
+            names = re.findall(r"(DQ|Q'|Q)\((\w+)\)", line[margin.start():])
+            written |= zip(map(int, margin[1].split()), names, strict=True)
+    casts = [(launch.cast, launch.tensor) for launch in traced(fp8flow.RECIPES[recipe]) if launch.cast]
+    assert written == dict(enumerate(casts, 1)) and len(casts) == {"naive": 12, "flow": 2}[recipe]
+
+
+def test_trace_of_flow():
+    """Every launch has a tensor, a direction and bytes; the GEMMs stand where the dataflow has them."""
+    launches = traced(fp8flow.RECIPES["flow"])
+    assert [(x.tensor, x.direction) for x in launches if x.op in ("grouped_gemm", "grouped_wgrad")] == [
+        ("H", "forward"), ("Y", "forward"), ("dA", "backward"), ("dX", "backward"), ("dW2", "backward"), ("dW1", "backward")]
+    assert [x.tensor for x in launches if x.op == "quantize_weight"] == ["W1", "W2"] and all(x.tensor for x in launches)
+    quantize = next(x for x in launches if x.op == "quantize")
+    assert launches.bytes(quantize) == 128 * 2 + 128 + 4                # one token: bf16 in; codes and a scale out
+    assert kernels._traces == [] and kernels._directions == ["forward"]
+
+
+def test_bytes_of_a_launch():
+    """Slots of unused tiles move nothing: here one tile of three."""
+    x, rows = data("plain", 4, 256), torch.zeros(384, dtype=torch.int64, device=DEVICE)
+    with kernels.trace() as launches:
+        kernels.named("X", kernels.gather_rows(x, rows, torch.tensor([0, -1, 2], dtype=torch.int32, device=DEVICE)))
+    assert launches.bytes(launches[0]) == 4 * 256 * 2 + 256 * 8 + 3 * 4 + 256 * 256 * 2     # x, rows, tiles; out
+
+
+@pytest.mark.skipif(not CUDA, reason="asks the profiler which kernels ran")
+@pytest.mark.parametrize("spec", ["bf16", "naive", "flow", "flow,recompute=on", "flow,permute=unfused"])
+def test_the_profiler_sees_what_the_trace_says(spec):
+    from torch.profiler import ProfilerActivity, profile
+    layer = fp8flow.Layer(fp8flow.parse_spec(spec), *fp8flow.random_layer(1000, 256, 384, 5, 2, DEVICE))
+    layer.step()                                                        # compiled before
+    with kernels.trace() as launches, profile(activities=[ProfilerActivity.CUDA]) as prof:
+        layer.step()
+        torch.cuda.synchronize()
+    ours = re.compile(r"_(quantize|dequantize|scaling_aware_transpose|transpose|swiglu|swiglu_backward|gather_rows|sum_rows|"
+                      r"hopper_gemm|grouped_gemm)_kernel")
+    seen = [ours.match(event.name)[1] for event in sorted(prof.events(), key=lambda event: event.time_range.start)
+            if ours.match(event.name)]
+    gemm = "hopper_gemm" if "hopper" in LEVELS else "grouped_gemm"
+    kernel = {"swiglu_quantize": "swiglu", "swiglu_backward_quantize": "swiglu_backward", "grouped_gemm": gemm,
+              "grouped_wgrad": gemm}
+    assert seen == [kernel.get(launch.op, launch.op) for launch in launches if launch.op != "torch_grouped_mm"]
 
 
 def test_what_the_commands_explain(capsys, monkeypatch):
-    """The parts of `python fp8flow.py` and `python kernels.py` that need no GPU."""
+    """The parts of `python fp8flow.py` that need no GPU."""
     monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
     device = torch.device(DEVICE)
     fp8flow.print_ledger(device)
     fp8flow.print_double_quantization(device)
-    kernels.print_scales(device)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     counts = {line[0]: line[1] for line in lines if line and line[0] in fp8flow.RECIPES and line[1].isdigit()}
-    assert counts == {"bf16": "0", "naive": "12", "flow": "2", "flow-row": "2"}
+    assert counts == {"bf16": "0", "naive": "12", "flow": "2"}
     assert sum("refused:" in line for line in lines) == 2
-    gaussian = next(line for line in lines if line and line[0] == "Gaussian" and len(line) > 6)
+    gaussian = next(line for line in lines if line and line[0] == "Gaussian")
     fp32_once, fp32_twice, pow2_once, pow2_twice, direct = (float(v) for v in gaussian if v.endswith(tuple("0123456789")))
     assert fp32_once - fp32_twice > 2 and pow2_once - pow2_twice < 0.1 and pow2_once - direct < 0.1
+    for spec, last in (("naive", ["34", "12"]), ("flow", ["18", "2"]), ("bf16", ["12", "0"])):
+        monkeypatch.setattr(kernels, "LAYERS", ((64, 128, 128, 4, 2),))
+        fp8flow.print_trace(spec, device)
+        assert capsys.readouterr().out.splitlines()[-1].split()[:2] == last
 
 
 def test_bench_lines(capsys, monkeypatch):
     """Every benchmark line runs what it names; the clock is a stub here."""
     if not CUDA:
         monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
-    monkeypatch.setattr(kernels.Bench, "__init__", lambda self: vars(self).update(device=DEVICE, copy=1.0, bf16=1.0, fp8=1.0))
-    monkeypatch.setattr(kernels.Bench, "us", lambda self, *fns, ms=0: [(fn(), 2.0)[1] for fn in fns])
-    kernels.bench_memory_bound(kernels.Bench(), 64, 128, 2, 1, 128, DEVICE)
-    kernels.bench_gemm(kernels.Bench(), 64, 128, 2, 1, 128, DEVICE, (128, 512, None))
+    monkeypatch.setattr(kernels.Bench, "__init__", lambda self: vars(self).update(ceiling={"GB/s": 1.0, "TFLOPS": 1.0}))
+    monkeypatch.setattr(kernels.Bench, "us", lambda self, *fns: [(fn(), 2.0)[1] for fn in fns])
+    for bench in kernels.BENCHES.values():
+        bench(kernels.Bench(), 64, 128, 128, 2, 1, DEVICE)
     printed = capsys.readouterr().out
-    for line in ("quantize 1x128", "permute+pad FP8", "scaling-aware transpose", "SwiGLU backward+quantize", "fc1 fprop bf16",
-                 "fc2 dgrad FP8 block 128", "fc2 wgrad FP8 row never"):
+    for line in ("quantize ", "permute+pad FP8", "scaling-aware transpose", "SwiGLU backward+quantize", "fc1 fprop",
+                 "fc2 dgrad", "fc2 wgrad to bf16, requantized"):
         assert line in printed
     rows, slots, tiles, ends = kernels.balanced_routing(64, 2, 3, DEVICE)
     live = rows >= 0
@@ -758,15 +907,107 @@ def test_bench_lines(capsys, monkeypatch):
     assert len(tiles) * BLOCK == len(rows) == ends[-1]
 
 
+def test_kernels_py_refuses_names_it_does_not_know(capsys):
+    with pytest.raises(SystemExit) as error:
+        kernels.main(["gemm", "bogus"])
+    assert error.value.code == 2 and "'bogus'" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what is refused
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(scales="fp32"), "transpose=direct needs scales=pow2"), (dict(promote=512), "granularity=row"),
-    (dict(granularity="row", promote=100), "multiple of 128"), (dict(swiglu="maybe"), "swiglu='maybe'")], ids=str)
+    (dict(scales="fp32"), "transpose=direct needs scales=pow2"), (dict(swiglu="maybe"), "swiglu='maybe'"),
+    (dict(recompute="no"), "recompute='no'"), (dict(recompute=True), "recompute=True"),
+    (dict(precision="bf16", swiglu="unfused"), "swiglu=unfused is a switch of FP8")], ids=str)
 def test_recipe_refuses(changes, says):
     with pytest.raises(ValueError, match=says):
         fp8flow.Recipe(**changes)
+
+
+def test_specs():
+    assert fp8flow.parse_spec("flow") == fp8flow.Recipe()
+    assert fp8flow.parse_spec("flow,swiglu=unfused,recompute=on") == fp8flow.Recipe(swiglu="unfused", recompute="on")
+    for spec, says in (("flaw", "'flaw'"), ("flow,fast=yes", "'fast'"), ("flow,swiglu=half", "'half'"), ("", "''"),
+                       ("flow,swiglu", "''"), ("flow,scales=fp32", "scales=pow2"), ("bf16,scales=fp32", "scales=pow2"),
+                       ("flow,swiglu=fused,swiglu=unfused", "twice")):
+        with pytest.raises(ValueError, match=says):
+            fp8flow.parse_spec(spec)
+
+
+def misuse():
+    """(what is named, what says it, the call): each was garbage or a crash without a check."""
+    x, w = data("plain", 256, 256), data("plain", 256, 256, dtype=torch.float32)[None]
+    q, (b, _), h, prob = kernels.quantize(x), kernels.quantize_weight(w), data("plain", 256, 512), torch.ones(256, device=DEVICE)
+    tiles, ends = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.tensor([256], dtype=torch.int32, device=DEVICE)
+    rows, fp32 = torch.arange(256, device=DEVICE), kernels.quantize(x, "fp32")
+    t = kernels.scaling_aware_transpose(q)
+    narrow, k = kernels.quantize(x[:, :128]), kernels
+    return [
+        ("x", "multiple of 128", lambda: k.quantize(x[:, :100])), ("x", "2 axes", lambda: k.quantize(x[0])),
+        ("x", "int64", lambda: k.quantize(rows[:, None].expand(-1, 128))), ("scales", "'e8m0'", lambda: k.quantize(x, "e8m0")),
+        ("x", "empty", lambda: k.quantize(x[:0])), ("x", "list", lambda: k.quantize([1.0])),
+        ("scales", "'e8m0'", lambda: k.swiglu_quantize(h, prob, "e8m0")), ("scales", "'row'", lambda: k.quantize_weight(w, "row")),
+        ("scales", "'row'", lambda: k.swiglu_backward_quantize(x, h, prob, "row")),
+        ("w", "3 axes", lambda: k.quantize_weight(w[0])), ("w", "multiple of 128", lambda: k.quantize_weight(w[:, :100])),
+        ("q", "QTensor", lambda: k.dequantize(x)), ("dtype", "int8", lambda: k.dequantize(q, torch.int8)),
+        ("q.scale", "quantize again", lambda: k.dequantize(q._replace(scale=q.scale[:1]))),
+        ("q.scales", "'fp32'", lambda: k.scaling_aware_transpose(fp32)),
+        ("q.scale", "quantize again", lambda: k.scaling_aware_transpose(t)),
+        ("q.data", "multiple of 128", lambda: k.scaling_aware_transpose(k.quantize(x[:100]))),
+        ("rows", "multiple of 128", lambda: k.scaling_aware_transpose(q, rows[:100])),
+        ("rows", "int32", lambda: k.scaling_aware_transpose(q, rows.int())),
+        ("tiles", "2 long", lambda: k.scaling_aware_transpose(q, rows, tiles[:1])),
+        ("x", "multiple of 128", lambda: k.transpose(x[:100])),
+        ("h", "gate and up", lambda: k.swiglu(h[:, :384], prob)), ("prob", "256 long", lambda: k.swiglu(h, prob[:128])),
+        ("prob", "int64", lambda: k.swiglu_backward(x, h, prob.long())), ("da", "256 long", lambda: k.swiglu_backward(x[:128], h, prob)),
+        ("da", "256 long", lambda: k.swiglu_backward_quantize(x[:, :128], h, prob)),
+        ("da", "float32", lambda: k.swiglu_backward(x.float(), h, prob)), ("tiles", "int64", lambda: k.swiglu(h, prob, tiles.long())),
+        ("rows", "int32", lambda: k.gather_rows(x, rows.int())), ("x.scale", "quantize again", lambda: k.gather_rows(t, rows)),
+        ("x", "multiple of 128", lambda: k.gather_rows(x[:, :72], rows)), ("slots", "2 axes", lambda: k.sum_rows(x, rows)),
+        ("b.data", "256 long", lambda: k.grouped_gemm(q, k.quantize_weight(w[..., :128])[0], tiles, ends)),
+        ("b", "QTensor", lambda: k.grouped_gemm(q, w, tiles, ends)), ("a.scale", "quantize again", lambda: k.grouped_gemm(t, b, tiles, ends)),
+        ("tile_expert", "2 long", lambda: k.grouped_gemm(q, b, tiles[:1], ends)),
+        ("ends", "1 long", lambda: k.grouped_gemm(q, b, tiles, ends.repeat(2))), ("ends", "int64", lambda: k.grouped_gemm(q, b, tiles, ends.long())),
+        ("b.data", "256 long", lambda: k.grouped_wgrad(t, k.scaling_aware_transpose(k.quantize(x[:128])), ends)),
+        ("a.scale", "quantize again", lambda: k.grouped_wgrad(t._replace(scale=t.scale[:1]), t, ends)),
+        ("dtype", "float16", lambda: k.grouped_wgrad(t, t, ends, torch.float16)),
+        ("experts", "int32", lambda: fp8flow.make_plan(rows.int()[:, None], 256)),
+        ("probs", "100 long", lambda: layer_of(100)(x[:100], prob[:, None], fp8flow.make_plan(rows[:100, None] % 2, 2))),
+        ("x", "100 long", lambda: layer_of(200)(x[:200], prob[:200, None], fp8flow.make_plan(rows[:100, None] % 2, 2))),
+        ("plan.ends", "2 long", lambda: layer_of(100)(x[:100], prob[:100, None], fp8flow.make_plan(rows[:100, None] % 2, 3))),
+        ("x", "float32", lambda: layer_of(100)(x[:100].float(), prob[:100, None], fp8flow.make_plan(rows[:100, None] % 2, 2)))]
+
+
+def layer_of(T):
+    return fp8flow.Experts(2, 256, 128, fp8flow.Recipe()).to(DEVICE)
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_wrappers_refuse(twin, monkeypatch):
+    if twin:
+        monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
+    for name, says, call in misuse():
+        with pytest.raises(ValueError) as error:
+            call()
+        message = str(error.value)
+        assert re.match(rf"{name}\b", message) and says in message and "\n" not in message, message
+
+
+def test_twins_refuse_wrong_indices(monkeypatch):
+    """Values are checked where reading them is no sync."""
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    x, (w, _) = data("plain", 128, 128), kernels.quantize_weight(data("plain", 128, 128, dtype=torch.float32)[None])
+    q, one = kernels.quantize(x), torch.ones(1, dtype=torch.int32, device=DEVICE)
+    for name, call in (("rows", lambda: kernels.gather_rows(x, torch.tensor([128], device=DEVICE))),
+                       ("slots", lambda: kernels.sum_rows(x, torch.tensor([[-1]], device=DEVICE))),
+                       ("tile_expert", lambda: kernels.grouped_gemm(q, w, one, 128 * one)),
+                       ("ends", lambda: kernels.grouped_wgrad(q, q, 256 * one))):
+        with pytest.raises(ValueError, match=f"^{name} holds values"):
+            call()
+    with pytest.raises(ValueError, match="^experts holds values"):
+        fp8flow.make_plan(torch.tensor([[2]]), 2)
 
 
 def train(*args, out=None, **environment):
@@ -781,12 +1022,12 @@ def test_train_refuses(tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "folder").mkdir()
-    cases = [(["--scales", "fp32"], "scales=pow2"), (["--promote", "512"], "granularity=row"), (["--promote", "x"], "--promote"),
+    cases = [(["--scales", "fp32"], "scales=pow2"), (["--recompute", "maybe"], "--recompute"),
              (["--d-model", "100"], "d_model=100"), (["--d-expert", "192"], "d_expert=192"),
              (["--top-k", "9", "--n-experts", "8"], "top_k=9"), (["--n-heads", "3"], "n_heads=3"),
              (["--data", str(tmp_path / "none")], "does not exist"), (["--data", str(tmp_path / "empty.txt")], "no text"),
              (["--data", str(tmp_path / "short.txt")], "too short"), (["--data", str(tmp_path / "folder")], "no text"),
-             (["--recipe", "bf16", "--swiglu", "fused"], "--swiglu"), (["--compare", "--scales", "pow2"], "--scales"),
+             (["--recipe", "bf16", "--swiglu", "unfused"], "swiglu=unfused"), (["--compare", "--scales", "pow2"], "--scales"),
              (["--steps", "0"], "steps=0"), (["--lr", "0"], "lr=0"), (["--compare", "fp4"], "fp4")]
     if not CUDA:
         cases.append((["--device", "cuda"], "--device cuda"))
@@ -815,7 +1056,7 @@ def test_training(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = read_log(tmp_path / "a" / "compare.csv")
     assert list(rows[0]) == "recipe,casts,val_loss,delta_pct,tokens_per_s,speedup,peak_mem_gb".split(",")
-    assert [(r["recipe"], r["casts"]) for r in rows] == [("bf16", "0"), ("naive", "12"), ("flow", "2"), ("flow-row", "2")]
+    assert [(r["recipe"], r["casts"]) for r in rows] == [("bf16", "0"), ("naive", "12"), ("flow", "2")]
     for row in rows:
         log = read_log(tmp_path / "a" / row["recipe"] / "log.csv")
         losses = [float(r["loss"]) for r in log]
@@ -828,22 +1069,17 @@ def test_training(tmp_path):
     assert first == second
 
 
-def test_training_on_own_text(tmp_path, capsys, monkeypatch):
+def test_training_on_own_text(tmp_path):
     """A file as --data, accumulation, a flipped switch, and a checkpoint that loads."""
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 400)
     done = train("--preset", "tiny", "--recipe", "flow", "--swiglu", "unfused", "--data", str(tmp_path / "text.txt"), "--steps", "12",
-                 "--batch", "2", "--accumulate", "2", "--recompute", "--save-tensors", out=tmp_path / "out")
+                 "--batch", "2", "--accumulate", "2", "--recompute", "on", out=tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "4 explicit casts a layer" in done.stdout and "last tenth" in done.stdout
     saved = torch.load(tmp_path / "out" / "flow" / "model.pt", weights_only=True, map_location="cpu")
     gpt = model.GPT(model.GPTConfig(**saved["config"]), fp8flow.Recipe(**saved["recipe"]))
     gpt.load_state_dict(saved["model"])
-    if not CUDA:
-        monkeypatch.setattr(kernels, "use_kernels", lambda x: False)                # the interpreter would take minutes
     assert saved["step"] == 12 and saved["recipe"]["swiglu"] == "unfused"
-    fp8flow.print_real(str(tmp_path / "out" / "flow" / "tensors.pt"), torch.device(DEVICE))
-    printed = capsys.readouterr().out
-    assert "layer 1 of flow after 12 steps" in printed and "flow-row never" in printed and "nan" not in printed
 
 
 def test_interrupted_training_is_on_disk(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Train a small MoE GPT on text, in one recipe or in several on the same seed and batches (--compare).
 
-    python train.py --compare                               bf16, naive, flow, flow-row: one table, OUT/compare.csv
+    python train.py --compare                               bf16, naive, flow: one table, OUT/compare.csv
     python train.py --recipe flow --swiglu unfused          one run with a switch flipped
 
 Default data: the Python standard library's own source, bytes as tokens. Everything a run writes goes under --out:
@@ -135,7 +135,7 @@ def learning_rate(step: int, preset: Preset) -> float:
 def validate(model: GPT, text: Tensor, preset: Preset) -> float:
     """Mean loss in nats a byte over windows spread evenly over the held-out text: the same ones every time."""
     starts = torch.linspace(0, len(text) - preset.seq_len - 1, preset.val_batches * preset.batch).long().to(text.device)
-    losses = [model(*batch_of(text, s, preset.seq_len)) for s in starts.split(preset.batch)]
+    losses = [model(*batch_of(text, s, preset.seq_len))[0] for s in starts.split(preset.batch)]
     return torch.stack(losses).mean().item()
 
 
@@ -157,9 +157,9 @@ class Log:
         self.writer.writerow(["step", "loss", "val_loss", "tokens_per_s", "lr", "grad_norm", "balance",
                               *(f"load_{e}" for e in range(preset.n_experts))])
 
-    def add(self, step: int, loss: Tensor, norm: Tensor, model: GPT) -> None:
+    def add(self, step: int, loss: Tensor, balance: Tensor, norm: Tensor, model: GPT) -> None:
         load = torch.stack([moe.load for moe in model.moes]).mean(0)            # each expert's share, mean over layers
-        self.pending.append((step, torch.cat([torch.stack([loss, norm, model.balance_loss().detach()]), load])))
+        self.pending.append((step, torch.cat([torch.stack([loss, norm, balance]), load])))
         self.steps = step + 1
 
     def flush(self, seconds: float, val_loss: float) -> tuple[float, float]:
@@ -201,23 +201,6 @@ class Clock:
             torch.cuda.synchronize()
 
 
-def save_tensors(model: GPT, name: str, micro_batch, step: int, path: Path) -> None:
-    """One more micro-batch: what the middle layer's experts see in it, for `python fp8flow.py --tensors`."""
-    layer, seen = len(model.moes) // 2, {}
-    experts = model.moes[layer].experts
-
-    def keep(module, inputs, out):
-        x, probs, plan = inputs
-        chosen = plan.tile_expert.long()[plan.slot // kernels.BLOCK]
-        seen.update(x=x.detach(), probs=probs.detach(), chosen=chosen)
-        out.register_hook(lambda dout: seen.update(dout=dout))
-    handle = experts.register_forward_hook(keep)
-    micro_batch()
-    handle.remove()
-    torch.save(dict(seen, w1=experts.w1.detach(), w2=experts.w2.detach(), layer=layer, recipe=name, step=step), path)
-    print(f"  written to {path}")
-
-
 def train(name: str, recipe: Recipe, preset: Preset, train_text: Tensor, val_text: Tensor, args) -> dict:
     """Train one model; write its log, weights and a sample; return its row of compare.csv."""
     print(f"\n{name}")
@@ -228,17 +211,18 @@ def train(name: str, recipe: Recipe, preset: Preset, train_text: Tensor, val_tex
     describe(model, preset, recipe)
 
     def micro_batch(rng) -> Tensor:
+        """Adds its gradients; returns [loss, load-balancing loss], detached: what is logged must not hold the graph."""
         starts = torch.randint(len(train_text) - preset.seq_len, (preset.batch,), generator=rng)
-        loss = model(*batch_of(train_text, starts.to(args.device, non_blocking=True), preset.seq_len))
-        ((loss + BALANCE * model.balance_loss()) / preset.accumulate).backward()
-        return loss.detach()
+        loss, balance = model(*batch_of(train_text, starts.to(args.device, non_blocking=True), preset.seq_len))
+        ((loss + BALANCE * balance) / preset.accumulate).backward()
+        return torch.stack([loss, balance]).detach()
 
-    model.cast_weights()
-    with count_casts() as ledger:                                   # measured on a step that trains nothing
+    with count_casts() as casts:                                    # measured on a step that trains nothing
         micro_batch(torch.Generator().manual_seed(0))
     optimizer.zero_grad()
-    casts = len(ledger) // preset.n_layers                          # the layers are alike
-    print(f"  {casts} explicit casts a layer: " + (", ".join(dict.fromkeys(f"{c.kind}({c.tensor})" for c in ledger)) or "none"))
+    names = dict.fromkeys(f"{launch.cast}({launch.tensor})" for launch in casts)
+    casts = len(casts) // preset.n_layers                           # the layers are alike
+    print(f"  {casts} explicit casts a layer: {', '.join(names) or 'none'}")
 
     out = Path(args.out) / name
     out.mkdir(parents=True, exist_ok=True)
@@ -252,12 +236,11 @@ def train(name: str, recipe: Recipe, preset: Preset, train_text: Tensor, val_tex
         for step in range(preset.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, preset)
-            loss = torch.stack([micro_batch(rng) for _ in range(preset.accumulate)]).mean()
+            loss, balance = torch.stack([micro_batch(rng) for _ in range(preset.accumulate)]).mean(0)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
-            model.cast_weights()                                    # once per optimizer step
-            log.add(step, loss, norm, model)
+            log.add(step, loss, balance, norm, model)
             bar.update()
             done, last = step + 1, step + 1 == preset.steps
             if not (last or done % LOG_EVERY == 0 or done % preset.val_every == 0 or done == timed_from):
@@ -279,8 +262,6 @@ def train(name: str, recipe: Recipe, preset: Preset, train_text: Tensor, val_tex
         log.close()
         torch.save({"config": asdict(preset.config), "recipe": asdict(recipe), "step": log.steps,
                     "model": model.state_dict()}, out / "model.pt")
-    if args.save_tensors:
-        save_tensors(model, name, lambda: micro_batch(rng), preset.steps, out / "tensors.pt")
     timed = preset.steps - timed_from
     row = dict(recipe=name, casts=casts, val_loss=val_loss,
                tokens_per_s=timed * preset.tokens_per_step / (clock.seconds - warm_seconds),
@@ -308,7 +289,7 @@ def table(rows: list[dict]) -> list[list[str]]:
 def compare(names: list[str], preset: Preset, train_text: Tensor, val_text: Tensor, args) -> None:
     rows, out = [], Path(args.out)
     for name in names:
-        rows.append(train(name, replace(RECIPES[name], recompute=args.recompute), preset, train_text, val_text, args))
+        rows.append(train(name, RECIPES[name], preset, train_text, val_text, args))
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
@@ -344,12 +325,6 @@ def draw_losses(names: list[str], out: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # command line
 
-def interval(text: str) -> int | None:
-    if text != "never" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no interval: give a multiple of {kernels.BLOCK}, or never")
-    return None if text == "never" else int(text)
-
-
 def recipe_name(text: str) -> str:
     if text not in RECIPES:
         raise argparse.ArgumentTypeError(f"{text!r} is no recipe: choose from {', '.join(RECIPES)}")
@@ -369,32 +344,25 @@ def parse_args(argv=None):
     switches = parser.add_argument_group("switches of the recipe")
     for name, choices in CHOICES.items():
         switches.add_argument(f"--{name}", choices=choices, default=argparse.SUPPRESS)
-    switches.add_argument("--promote", type=interval, default=argparse.SUPPRESS, metavar="N|never",
-                          help="elements between promotions to the fp32 accumulator (row granularity; default there: 512)")
-    switches.add_argument("--recompute", action="store_true", help="save only X and the routing, run fc1 again in backward")
     parser.add_argument("--deterministic", action="store_true",
                         help="repeat a run bit for bit on a GPU too: the expert layer always does, attention's backward only so")
-    parser.add_argument("--save-tensors", action="store_true",
-                        help="after training, write what the middle layer's experts see: RECIPE/tensors.pt")
     sizes = parser.add_argument_group("sizes, over those of the preset")
     for field in fields(Preset):
         if field.name != "vocab":                           # bytes are bytes
             sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS)
     args = parser.parse_args(argv)
 
-    flipped = {name: getattr(args, name) for name in (*CHOICES, "promote") if hasattr(args, name)}
+    flipped = {name: getattr(args, name) for name in CHOICES if hasattr(args, name)}
     if args.compare is not None and (args.recipe or flipped):
         parser.error(f"--compare trains recipes as they are: drop {'--recipe' if args.recipe else '--' + next(iter(flipped))}, "
                      "or drop --compare")
-    if flipped and args.recipe == "bf16":
-        parser.error(f"--{next(iter(flipped))} is a switch of the FP8 dataflow: use it with --recipe naive, flow or flow-row")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here; use --device cpu")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         parser.error(f"--out {args.out!r} is a file: name a folder")
     try:
-        recipe = switch(RECIPES[args.recipe or "flow"], recompute=args.recompute, **flipped)
+        recipe = switch(RECIPES[args.recipe or "flow"], **flipped)
         preset = replace(PRESETS[args.preset or ("h100" if args.device == "cuda" else "tiny")],
                          **{f.name: getattr(args, f.name) for f in fields(Preset) if hasattr(args, f.name)})
         files, what = read_corpus(args.data)
@@ -410,7 +378,7 @@ def main(argv=None) -> None:
     args, recipe, preset, train_text, val_text = parse_args(argv)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, triton {triton.__version__}, {machine}: "
-          f"{'Triton kernels' if kernels.use_kernels(torch.empty(0, device=args.device)) else 'PyTorch twins (same numbers, slow)'}")
+          f"{'Triton kernels' if kernels.use_kernels(torch.empty(0, device=args.device)) else 'PyTorch twins, slowly'}")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -40,7 +40,7 @@ Shapes: T tokens, k experts per token, E experts, M padded token slots, D model 
 """
 import argparse
 import contextlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -82,10 +82,9 @@ class Recipe:
         if self.transpose == "direct" and self.scales == "fp32":
             raise ValueError("transpose=direct needs scales=pow2: it shifts exponents, and the ratio of two fp32 "
                              "scales is no power of two; use scales=pow2 or transpose=requant")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if self.precision == "bf16" and field.name not in ("precision", "recompute") and value != field.default:
-                raise ValueError(f"{field.name}={value} is a switch of FP8: use it with naive or flow, not with bf16")
+        for name in ("transpose", "swiglu", "permute", "scales"):
+            if self.precision == "bf16" and getattr(self, name) != CHOICES[name][0]:
+                raise ValueError(f"{name}={getattr(self, name)} is a switch of FP8: use it with naive or flow, not bf16")
 
 
 RECIPES = {
@@ -272,40 +271,42 @@ class FP8Experts(torch.autograd.Function):
     x [T, D] bf16, probs [T, k] fp32; w1 [E, 2F, D] and w2 [E, D, F], the master weights, are passed only to receive
     their gradients (in their dtype): what is multiplied is `operands`, (W1, W1^T), (W2, W2^T) in FP8, cast once per
     optimizer step. -> [T, D] bf16. `named` tells a trace for which tensor a line works.
+    A name is one of the tensors in its latest form (dy: bf16, then FP8, then permuted, then column-wise); the form
+    before is freed, unless `keep` has it.
     """
 
     @staticmethod
     @kernels.direction("forward")
     def forward(ctx, x, probs, w1, w2, operands, plan, recipe):
         ctx.plan, ctx.recipe, ctx.dtype = plan, recipe, w1.dtype
-        (w1_q, w1_t), (w2_q, w2_t) = operands
+        (w1, w1_t), (w2, w2_t) = operands
         prob = spread(probs, plan)
-        xq = named("X", kernels.quantize(x, recipe.scales))                         # naive 1     flow 1   Q(X)
-        xp = named("X", permute(xq, plan, recipe))
-        h = named("H", kernels.grouped_gemm(xp, w1_q, plan.tile_expert, plan.ends))
+        x = named("X", kernels.quantize(x, recipe.scales))                          # naive 1     flow 1   Q(X)
+        xp = named("X", permute(x, plan, recipe))
+        h = named("H", kernels.grouped_gemm(xp, w1, plan.tile_expert, plan.ends))
         a = named("A", swiglu(h, prob, plan, recipe))                               # naive 2              Q(A)
-        yp = named("Y", kernels.grouped_gemm(a, w2_q, plan.tile_expert, plan.ends))
-        y = named("Y", unpermute(yp, plan, recipe))
-        keep(ctx, xq, h, a, prob, w1_q, w1_t, w2_t)
+        y = named("Y", kernels.grouped_gemm(a, w2, plan.tile_expert, plan.ends))
+        y = named("Y", unpermute(y, plan, recipe))
+        keep(ctx, x, h, a, prob, w1, w1_t, w2_t)
         return y
 
     @staticmethod
     @kernels.direction("backward")
     def backward(ctx, dy):
         plan, recipe, dtype = ctx.plan, ctx.recipe, ctx.dtype
-        xq, h, a, prob, w1_t, w2_t = kept(ctx)
-        dyq = named("dY", kernels.quantize(dy, recipe.scales))                      # naive 3     flow 2   Q(dY)
-        dyp = named("dY", permute(dyq, plan, recipe))
-        da = named("dA", kernels.grouped_gemm(dyp, w2_t, plan.tile_expert, plan.ends))
+        x, h, a, prob, w1_t, w2_t = kept(ctx)
+        dy = named("dY", kernels.quantize(dy, recipe.scales))                       # naive 3     flow 2   Q(dY)
+        dy = named("dY", permute(dy, plan, recipe))
+        da = named("dA", kernels.grouped_gemm(dy, w2_t, plan.tile_expert, plan.ends))
         dh, dprob, a = named("dH", swiglu_backward(da, h, prob, a, plan, recipe))   # naive 4              Q(dH)
-        dxp = named("dX", kernels.grouped_gemm(dh, w1_t, plan.tile_expert, plan.ends))
-        dx = named("dX", unpermute(dxp, plan, recipe))
-        dy_t = named("dY", column_wise(dyp, plan, recipe))                          # naive 5 6            DQ(dY) Q'(dY)
-        a_t = named("A", column_wise(a, plan, recipe))                              # naive 7 8            DQ(A) Q'(A)
-        dw2 = named("dW2", kernels.grouped_wgrad(dy_t, a_t, plan.ends, dtype))
-        dh_t = named("dH", column_wise(dh, plan, recipe))                           # naive 9 10           DQ(dH) Q'(dH)
-        x_t = named("X", permuted_column_wise(xq, plan, recipe))                    # naive 11 12          DQ(X) Q'(X)
-        dw1 = named("dW1", kernels.grouped_wgrad(dh_t, x_t, plan.ends, dtype))
+        dx = named("dX", kernels.grouped_gemm(dh, w1_t, plan.tile_expert, plan.ends))
+        dx = named("dX", unpermute(dx, plan, recipe))
+        dy = named("dY", column_wise(dy, plan, recipe))                             # naive 5 6            DQ(dY) Q'(dY)
+        a = named("A", column_wise(a, plan, recipe))                                # naive 7 8            DQ(A) Q'(A)
+        dw2 = named("dW2", kernels.grouped_wgrad(dy, a, plan.ends, dtype))
+        dh = named("dH", column_wise(dh, plan, recipe))                             # naive 9 10           DQ(dH) Q'(dH)
+        x = named("X", permuted_column_wise(x, plan, recipe))                       # naive 11 12          DQ(X) Q'(X)
+        dw1 = named("dW1", kernels.grouped_wgrad(dh, x, plan.ends, dtype))
         return dx, dprob[plan.slot], dw1, dw2, None, None, None     # no gradient for operands, plan and recipe
 
 
@@ -341,8 +342,8 @@ class BF16Experts(torch.autograd.Function):
         xp = named("X", permute(x, plan, recipe))
         h = named("H", torch_grouped_mm(xp, w1.mT, plan.ends))
         a = named("A", kernels.swiglu(h, prob, plan.tile_expert))
-        yp = named("Y", torch_grouped_mm(a, w2.mT, plan.ends))
-        y = named("Y", unpermute(yp, plan, recipe))
+        y = named("Y", torch_grouped_mm(a, w2.mT, plan.ends))
+        y = named("Y", unpermute(y, plan, recipe))
         keep_bf16(ctx, x, xp, h, a, prob, w1, w2)
         return y
 
@@ -351,12 +352,12 @@ class BF16Experts(torch.autograd.Function):
     def backward(ctx, dy):
         plan, recipe = ctx.plan, ctx.recipe
         xp, h, a, prob, w1, w2 = kept_bf16(ctx)
-        dyp = named("dY", permute(dy, plan, recipe))
-        da = named("dA", torch_grouped_mm(dyp, w2, plan.ends))
+        dy = named("dY", permute(dy, plan, recipe))
+        da = named("dA", torch_grouped_mm(dy, w2, plan.ends))
         dh, dprob = named("dH", kernels.swiglu_backward(da, h, prob, plan.tile_expert))
-        dxp = named("dX", torch_grouped_mm(dh, w1, plan.ends))
-        dx = named("dX", unpermute(dxp, plan, recipe))
-        dw2 = named("dW2", torch_grouped_mm(dyp.t(), a, plan.ends))
+        dx = named("dX", torch_grouped_mm(dh, w1, plan.ends))
+        dx = named("dX", unpermute(dx, plan, recipe))
+        dw2 = named("dW2", torch_grouped_mm(dy.t(), a, plan.ends))
         dw1 = named("dW1", torch_grouped_mm(dh.t(), xp, plan.ends))
         return dx, dprob[plan.slot], dw1, dw2, None, None, None
 
@@ -364,15 +365,10 @@ class BF16Experts(torch.autograd.Function):
 FUNCTION = {"fp8": FP8Experts, "bf16": BF16Experts}          # by a recipe's precision
 
 
-@recorded()
-def to_bf16(w: Tensor) -> Tensor:
-    return w.bfloat16()
-
-
 def cast_weights(w1: Tensor, w2: Tensor, recipe: Recipe) -> tuple:
     """The masters [E, N, K] -> what the GEMMs read: (W, W^T) in FP8 of each, or each in bf16."""
     if recipe.precision == "bf16":
-        return named("W1", to_bf16(w1.detach())), named("W2", to_bf16(w2.detach()))
+        return w1.detach().bfloat16(), w2.detach().bfloat16()
     return (named("W1", kernels.quantize_weight(w1.detach(), recipe.scales)),
             named("W2", kernels.quantize_weight(w2.detach(), recipe.scales)))
 
@@ -489,27 +485,22 @@ def print_trace(spec: str, device) -> None:
     print(f"  {len(launches):3}{casts:6}  {'launches, casts, MB in all':85}{moved / 1e6:8.1f}")
 
 
-def sample(kind: str, R: int, C: int, device) -> Tensor:
-    """[R, C] fp32 that looks like what a layer quantizes."""
+def samples(R: int, C: int, device) -> dict[str, Tensor]:
+    """[R, C] fp32 tensors that look like what a layer quantizes."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(R, C, generator=g)
-    if kind == "heavy-tailed":                                          # Student t, 3 degrees of freedom
-        x = x / (torch.randn(3, R, C, generator=g).square().mean(0)).sqrt()
-    if kind == "outlier channels":
-        x[:, ::64] *= 64
-    if kind == "gradient-like":                                         # rows over 24 binades, some zero
-        x = x * torch.exp2(torch.randint(-12, 13, (R, 1), generator=g).float())
-        x[::7] = 0
-    return x.to(device)
+    x, student = torch.randn(R, C, generator=g), torch.randn(3, R, C, generator=g).square().mean(0).sqrt()
+    binades, live = torch.randint(-12, 13, (R, 1), generator=g), torch.arange(R)[:, None] % 7 > 0
+    return {"Gaussian": x.to(device), "heavy-tailed": (x / student).to(device),         # Student t, 3 degrees of freedom
+            "outlier channels": torch.where(torch.arange(C) % 64 == 0, 64 * x, x).to(device),
+            "rows over 24 binades": (x * 2.0 ** binades * live).to(device)}             # a seventh of them zero
 
 
 def print_double_quantization(device) -> None:
     print("\nDouble quantization: SQNR in dB against the source, and the share of non-zero elements that become zero, "
           "[1024, 2048]")
     columns = ("row-wise fp32", "requantized fp32", "row-wise pow2", "requantized pow2", "direct")
-    print(f"  {'':18}" + "".join(f"{c:>20}" for c in columns))
-    for kind in ("Gaussian", "heavy-tailed", "outlier channels", "gradient-like"):
-        x = sample(kind, 1024, 2048, device)
+    print(f"  {'':22}" + "".join(f"{column:>20}" for column in columns))
+    for kind, x in samples(1024, 2048, device).items():
         results = []
         for q in (kernels.quantize(x, "fp32"), kernels.quantize(x)):
             once = kernels.dequantize(q)
@@ -517,7 +508,7 @@ def print_double_quantization(device) -> None:
         results.append(kernels.dequantize(kernels.scaling_aware_transpose(q)).t())
         lost = [100 * ((y == 0) & (x != 0)).sum() / (x != 0).sum() for y in results]
         cells = (f"{kernels.sqnr(y, x):10.2f} ({share:6.3f}%)" for y, share in zip(results, lost))
-        print(f"  {kind:18}" + "".join(cells))
+        print(f"  {kind:22}" + "".join(cells))
 
 
 VARIANTS = (*RECIPES, "flow,transpose=requant", "flow,swiglu=unfused", "flow,permute=unfused", "flow,recompute=on",
@@ -551,8 +542,8 @@ def bytes_held(layer: Layer) -> int:
 def print_layer_times(device) -> None:
     from triton.testing import do_bench_cudagraph
     print("\nThe layer, forward + backward, weights already cast: median ms as a CUDA graph, speed-up over bf16 timed"
-          "\nright before; GPU time by kind of kernel, ms; MB held for backward; SQNR in dB of (y, dx, dprobs, dw1, dw2)"
-          "\nagainst bf16")
+          "\nright before; GPU time by kind of kernel, ms; MB held for backward; SQNR in dB of (y, dx, dprobs, dw1,"
+          "\ndw2) against bf16")
     for shape in kernels.LAYERS:
         print("T {}, D {}, F {}, E {}, k {}".format(*shape))
         print(f"  {'':24}{'ms':>8}{'x bf16':>8}" + "".join(f"{kind:>10}" for kind in (*SHARES, "held MB")) + "   SQNR")
@@ -583,10 +574,10 @@ def main(argv=None) -> None:
             parser.error(f"--trace {args.trace}: {error}")
     print_ledger(device)
     print_double_quantization(device)
-    if device.type == "cpu" or not kernels.use_kernels(torch.empty(0, device=device)):
+    if device.type == "cuda" and kernels.use_kernels(torch.empty(0, device=device)):
+        print_layer_times(device)
+    else:
         print("\nno GPU with FP8 here: the times of the layer need one")
-        return
-    print_layer_times(device)
 
 
 if __name__ == "__main__":

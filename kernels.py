@@ -45,7 +45,7 @@ from torch.nn.functional import grouped_mm, pad, silu
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 BLOCK = 128                     # codes per scale, rows per expert tile, K-step of the GEMMs
@@ -226,9 +226,8 @@ def direction(name: str):
 
 def named(tensor: str, result):
     """Says for which tensor the launches since the last name worked; returns `result`."""
-    for launches in _traces:
-        for launch in itertools.takewhile(lambda launch: not launch.tensor, reversed(launches)):
-            launch.tensor = tensor
+    for launch in itertools.chain(*_traces):
+        launch.tensor = launch.tensor or tensor
     return result
 
 
@@ -875,18 +874,18 @@ def _grouped_gemm_kernel(a, b, out,                         # [M, K], [E, N, K],
 #
 # The tile is 128 x 256: wider tiles read fewer bytes for a product, and L2 is the next limit. A consumer's 64 x 256
 # are two accumulators of 64 x 128, `left` and `right`: 128 registers a thread, which leave room for the partial sum of
-# one half, not of both. So the halves take turns, and each half of b has a `full` barrier of its own. Where b has one
-# scale a column (wgrad of the requantizing transpose), its scales need those registers: that tile is 128 x 128, `left`
-# alone.
+# one half, not of both. So the halves take turns, and each half of b has a `full` barrier of its own. Scales of rows
+# and of tiles are a few registers, loaded a K-step ahead. Where b has one scale a column (wgrad of the requantizing
+# transpose), they would be 64 more: the loader copies them into the stage, beside the tiles.
 
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared         # renamed in Triton 3.8
 _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-SHARED_MEMORY = 227 * 1024                                  # bytes that a program can have on Hopper
-_TILE, _HALF = gl.constexpr(BLOCK), gl.constexpr(BLOCK // 2)
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_HALF, _TILE, _WIDE = gl.constexpr(BLOCK // 2), gl.constexpr(BLOCK), gl.constexpr(2 * BLOCK)
 
 
 @gluon.jit
-def _locate(tile, problem, WGRAD: gl.constexpr, WIDTH: gl.constexpr):
+def _locate(tile, problem, WGRAD: gl.constexpr):
     """The tile'th tile of out: its first row in a, first column, expert, and K-steps begin to end.
 
     Tiles are counted in bands of four rows: programs that run at the same time share operands in L2.
@@ -901,26 +900,30 @@ def _locate(tile, problem, WGRAD: gl.constexpr, WIDTH: gl.constexpr):
         begin, end = gl.load(ends + e - 1, mask=e > 0, other=0) // _TILE, gl.load(ends + e) // _TILE
     else:
         e, begin, end = gl.load(tile_expert + m), 0, K // _TILE
-    return m * _TILE, n * WIDTH, e, begin, end
+    return m * _TILE, n * _WIDE, e, begin, end
 
 
 @gluon.jit
-def _loader(a, b, ring, problem, tiles, PROGRAMS: gl.constexpr, WGRAD: gl.constexpr, WIDTH: gl.constexpr):
-    a_ring, b_ring, full, empty = ring
+def _loader(a, b, b_scale, ring, problem, tiles, PROGRAMS: gl.constexpr, WGRAD: gl.constexpr, B_PER: gl.constexpr):
+    a_ring, b_ring, scale_ring, full, empty = ring
     N = problem[3]
     i = 0                                                   # K-steps so far, of all tiles: the place in the ring
     for tile in range(gl.program_id(0), tiles, PROGRAMS):
-        row, col, e, begin, end = _locate(tile, problem, WGRAD, WIDTH)
+        row, col, e, begin, end = _locate(tile, problem, WGRAD)
         b_row = col if WGRAD else e * N + col
         for k in range(begin, end):
             s, phase = i % a_ring.shape[0], i // a_ring.shape[0] & 1
+            left, right = full.index(2 * s), full.index(2 * s + 1)
             mbarrier.wait(empty.index(s), phase ^ 1)        # the phase before the first has passed: no wait at first
-            mbarrier.expect(full.index(2 * s), 2 * _TILE * _TILE)                       # bytes that will arrive
-            _tma_load(a, [row, k * _TILE], full.index(2 * s), a_ring.index(s))
-            _tma_load(b, [b_row, k * _TILE], full.index(2 * s), b_ring.index(s).slice(0, _TILE))
-            if WIDTH > _TILE:                               # past the last row of b, TMA fills in zeros
-                mbarrier.expect(full.index(2 * s + 1), _TILE * _TILE)
-                _tma_load(b, [b_row + _TILE, k * _TILE], full.index(2 * s + 1), b_ring.index(s).slice(_TILE, _TILE))
+            if B_PER == 1:
+                c = col + gl.arange(0, _WIDE, layout=gl.BlockedLayout([4], [32], [1], [0]))
+                _copy(scale_ring.index(s), b_scale + k * N + gl.minimum(c, N - 1))
+                async_copy.mbarrier_arrive(left)            # not full before these have arrived
+            mbarrier.expect(left, 2 * _TILE * _TILE)        # nor before so many bytes
+            _tma_load(a, [row, k * _TILE], left, a_ring.index(s))
+            _tma_load(b, [b_row, k * _TILE], left, b_ring.index(s).slice(0, _TILE))
+            mbarrier.expect(right, _TILE * _TILE)           # past the last row of b, TMA fills in zeros
+            _tma_load(b, [b_row + _TILE, k * _TILE], right, b_ring.index(s).slice(_TILE, _TILE))
             i += 1
 
 
@@ -939,58 +942,62 @@ def _product(a, b, SUM: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(half: gl.constexpr, a_scale, b_scale, out, stage_out, ring, problem, tiles, PROGRAMS: gl.constexpr,
-              WGRAD: gl.constexpr, A_PER: gl.constexpr, B_PER: gl.constexpr, WIDTH: gl.constexpr):
-    a_ring, b_ring, full, empty = ring
+def _outer(a_scale, b_scale, SUM: gl.constexpr):
+    """A scale for each of 64 x 128 products: a_scale [64] in registers, b_scale [128] in shared memory."""
+    return gl.expand_dims(a_scale, 1) * gl.expand_dims(b_scale.load(gl.SliceLayout(0, SUM)), 0)
+
+
+@gluon.jit
+def _consumer(half: gl.constexpr, a_scale, b_scale, out, buffer, ring, problem, tiles, PROGRAMS: gl.constexpr,
+              WGRAD: gl.constexpr, A_PER: gl.constexpr, B_PER: gl.constexpr):
+    a_ring, b_ring, scale_ring, full, empty = ring
     M, N, K = problem[2], problem[3], problem[4]
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])        # how wgmma returns its sums
     r = half * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(1, SUM))
-    c = gl.arange(0, _TILE, layout=gl.SliceLayout(0, SUM))
     a_scales, b_scales = M // A_PER, N // B_PER             # scales in a K-step
     i = 0
     for tile in range(gl.program_id(0), tiles, PROGRAMS):
-        row, col, e, begin, end = _locate(tile, problem, WGRAD, WIDTH)
-        a_at, b_at = a_scale + (row + r) // A_PER, b_scale + col // B_PER
-        if not WGRAD:
-            b_at += e * (K // _TILE) * b_scales
+        row, col, e, begin, end = _locate(tile, problem, WGRAD)
+        last = gl.maximum(end - 1, 0)
+        first = gl.minimum(begin, last)                     # an expert without rows: any place that exists
+        a_at = a_scale + (row + r) // A_PER
+        sa = gl.load(a_at + first * a_scales)
+        if B_PER == _TILE:
+            left_at = b_scale + col // _TILE
+            if not WGRAD:
+                left_at += e * (K // _TILE) * b_scales
+            right_at = left_at + gl.minimum(1, b_scales - 1 - col // _TILE)             # N may end at the tile's middle
+            s_left, s_right = gl.load(left_at + first * b_scales), gl.load(right_at + first * b_scales)
         left = gl.zeros([_HALF, _TILE], gl.float32, SUM)
         right = gl.zeros([_HALF, _TILE], gl.float32, SUM)
-        if WIDTH > _TILE:
-            right_at = b_at + gl.minimum(1, b_scales - 1 - col // _TILE)                # N may end at the tile's middle
-            last = gl.maximum(end - 1, 0)
-            first = gl.minimum(begin, last)                 # an expert without rows: any place that exists
-            sa = gl.load(a_at + first * a_scales)
-            s_left, s_right = gl.load(b_at + first * b_scales), gl.load(right_at + first * b_scales)
-            for k in range(begin, end):
-                s, phase = i % a_ring.shape[0], i // a_ring.shape[0] & 1
-                ahead = gl.minimum(k + 1, last)             # scales come from global memory: ask a step ahead
-                next_a = gl.load(a_at + ahead * a_scales)
-                next_left, next_right = gl.load(b_at + ahead * b_scales), gl.load(right_at + ahead * b_scales)
-                mbarrier.wait(full.index(2 * s), phase)
-                # here: else the compiler multiplies them where they are used, and waits for them between two products
-                by_left, by_right = _here(sa * s_left), _here(sa * s_right)
-                x = a_ring.index(s).slice(half * _HALF, _HALF)
-                # here: else it promotes `left` after the second product has begun, with registers for both partial sums
-                left = _here(left + _product(x, b_ring.index(s).slice(0, _TILE), SUM) * gl.expand_dims(by_left, 1))
-                mbarrier.wait(full.index(2 * s + 1), phase)
-                partial = _product(x, b_ring.index(s).slice(_TILE, _TILE), SUM)
-                mbarrier.arrive(empty.index(s), count=1)    # read by the tensor core: the loader may refill the stage
-                right = _here(right + partial * gl.expand_dims(by_right, 1))
-                sa, s_left, s_right = next_a, next_left, next_right
-                i += 1
-        else:
-            for k in range(begin, end):
-                s, phase = i % a_ring.shape[0], i // a_ring.shape[0] & 1
-                sa, s_left = gl.load(a_at + k * a_scales), gl.load(b_at + c + k * b_scales)
-                mbarrier.wait(full.index(2 * s), phase)
-                partial = _product(a_ring.index(s).slice(half * _HALF, _HALF), b_ring.index(s), SUM)
-                mbarrier.arrive(empty.index(s), count=1)
-                left += partial * (gl.expand_dims(sa, 1) * gl.expand_dims(s_left, 0))
-                i += 1
+        for k in range(begin, end):
+            s, phase = i % a_ring.shape[0], i // a_ring.shape[0] & 1
+            ahead = gl.minimum(k + 1, last)
+            next_a = gl.load(a_at + ahead * a_scales)
+            if B_PER == _TILE:
+                next_left, next_right = gl.load(left_at + ahead * b_scales), gl.load(right_at + ahead * b_scales)
+            mbarrier.wait(full.index(2 * s), phase)
+            if B_PER == _TILE:
+                # here: else the compiler multiplies where it promotes, and waits for the loads between two products
+                by_left, by_right = gl.expand_dims(_here(sa * s_left), 1), gl.expand_dims(_here(sa * s_right), 1)
+                s_left, s_right = next_left, next_right
+            x = a_ring.index(s).slice(half * _HALF, _HALF)
+            partial = _product(x, b_ring.index(s).slice(0, _TILE), SUM)
+            if B_PER == 1:
+                by_left = _outer(sa, scale_ring.index(s).slice(0, _TILE), SUM)
+            # here: else it promotes `left` after the second product has begun, with registers for both partial sums
+            left = _here(left + partial * by_left)
+            mbarrier.wait(full.index(2 * s + 1), phase)
+            partial = _product(x, b_ring.index(s).slice(_TILE, _TILE), SUM)
+            if B_PER == 1:
+                by_right = _outer(sa, scale_ring.index(s).slice(_TILE, _TILE), SUM)
+            mbarrier.arrive(empty.index(s), count=1)        # all has been read: the loader may refill the stage
+            right = _here(right + partial * by_right)
+            sa = next_a
+            i += 1
         out_row = row + half * _HALF + (e * M if WGRAD else 0)
-        _store(left, out, out_row, col, stage_out.index(half))
-        if WIDTH > _TILE:
-            _store(right, out, out_row, col + _TILE, stage_out.index(half))             # past column N, TMA drops it
+        _store(left, out, out_row, col, buffer.index(half))
+        _store(right, out, out_row, col + _TILE, buffer.index(half))                    # past column N, TMA drops it
     tma.store_wait(0)
 
 
@@ -1005,12 +1012,13 @@ def _store(x, out, row, col, buffer):
 @gluon.jit
 def _hopper_gemm_kernel(a, b, out,                          # TMA descriptors of the same matrices as in level 2
                         a_scale, b_scale, tile_expert, ends, M, N, K, E,
-                        WGRAD: gl.constexpr, A_PER: gl.constexpr, B_PER: gl.constexpr, WIDTH: gl.constexpr,
+                        WGRAD: gl.constexpr, A_PER: gl.constexpr, B_PER: gl.constexpr,
                         STAGES: gl.constexpr, PROGRAMS: gl.constexpr):
     """Grid (PROGRAMS,), one on each multiprocessor, tile after tile. The same bits as level 2."""
     a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, _TILE, _TILE], a.layout)
-    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, WIDTH, _TILE], b.layout)
-    stage_out = gl.allocate_shared_memory(out.dtype, [2, _HALF, _TILE], out.layout)     # a buffer for each consumer
+    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, _WIDE, _TILE], b.layout)
+    scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, _WIDE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    buffer = gl.allocate_shared_memory(out.dtype, [2, _HALF, _TILE], out.layout)        # one of each consumer's stores
     full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -1018,14 +1026,14 @@ def _hopper_gemm_kernel(a, b, out,                          # TMA descriptors of
         mbarrier.init(full.index(2 * s + 1), count=1)
         mbarrier.init(empty.index(s), count=2)              # both consumers
     hopper.fence_async_shared()                             # the copy engine must see the barriers as they are now
-    m_tiles, n_tiles = (M if WGRAD else gl.load(ends + E - 1)) // _TILE, gl.cdiv(N, WIDTH)
+    m_tiles, n_tiles = (M if WGRAD else gl.load(ends + E - 1)) // _TILE, gl.cdiv(N, _WIDE)
     tiles = m_tiles * n_tiles * (E if WGRAD else 1)
-    ring, problem = (a_ring, b_ring, full, empty), (tile_expert, ends, M, N, K, m_tiles, n_tiles)
+    ring, problem = (a_ring, b_ring, scale_ring, full, empty), (tile_expert, ends, M, N, K, m_tiles, n_tiles)
     gl.warp_specialize([
-        (_consumer, (0, a_scale, b_scale, out, stage_out, ring, problem, tiles, PROGRAMS, WGRAD, A_PER, B_PER, WIDTH)),
-        (_consumer, (1, a_scale, b_scale, out, stage_out, ring, problem, tiles, PROGRAMS, WGRAD, A_PER, B_PER, WIDTH)),
-        (_loader, (a, b, ring, problem, tiles, PROGRAMS, WGRAD, WIDTH)),
-    ], [4, 1], [240, 24])                                   # warps and registers a thread, of the last two roles
+        (_consumer, (0, a_scale, b_scale, out, buffer, ring, problem, tiles, PROGRAMS, WGRAD, A_PER, B_PER)),
+        (_consumer, (1, a_scale, b_scale, out, buffer, ring, problem, tiles, PROGRAMS, WGRAD, A_PER, B_PER)),
+        (_loader, (a, b, b_scale, ring, problem, tiles, PROGRAMS, WGRAD, B_PER)),
+    ], [4, 1], [232, 40])                                   # warps and registers a thread, of the last two roles
 
 
 def _tma(x: Tensor, rows: int, dtype) -> TensorDescriptor:
@@ -1034,11 +1042,10 @@ def _tma(x: Tensor, rows: int, dtype) -> TensorDescriptor:
 
 
 def _hopper_options(b_per: int, out_bytes: int) -> dict:
-    """The tile's width and as many stages as fit beside the buffers of the store (1 KB is for barriers)."""
-    width = 2 * BLOCK if b_per == BLOCK else BLOCK
-    stages = (SHARED_MEMORY - 1024 - BLOCK * BLOCK * out_bytes) // (BLOCK * (BLOCK + width))
-    # 12 warps are launched (the loader's four count whole): 168 registers a thread fill the register file
-    return dict(WIDTH=width, STAGES=stages, num_warps=4, maxnreg=168)
+    """STAGES: as many as fit into Hopper's 227 KB of shared memory, 48 KB each, beside the buffers of the stores (32 KB
+    in bf16, 64 in fp32) and b's scales. The launch counts 12 warps, the loader as four: with 168 registers a thread
+    they fill the register file."""
+    return dict(STAGES=4 if b_per == BLOCK and out_bytes == 2 else 3, num_warps=4, maxnreg=168)
 
 
 def _launch_gemm(a: QTensor, b: QTensor, out: Tensor, tile_expert: Tensor, ends: Tensor) -> Tensor:

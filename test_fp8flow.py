@@ -504,10 +504,9 @@ for wgrad, a_per, b_per, out_bytes in cases:                # fprop and dgrad, w
     out, out_type = ("bf16", gl.bfloat16) if out_bytes == 2 else ("fp32", gl.float32)
     layout = dict(WGRAD=wgrad, A_PER=a_per, B_PER=b_per)
     options = kernels._hopper_options(b_per, out_bytes)
-    tiles = {name: options.pop(name) for name in ("WIDTH", "STAGES")}
     types = dict(a=descriptor("fp8e4nv", gl.float8e4nv, BLOCK), out=descriptor(out, out_type, BLOCK // 2), **pointers)
     report("hopper", 90, GluonASTSource, kernels._hopper_gemm_kernel, dict(types, b=types["a"]),
-           dict(layout, PROGRAMS=132, **tiles), **options)
+           dict(layout, PROGRAMS=132, STAGES=options.pop("STAGES")), **options)
     for capability in (89, 90, 100, 120):
         report("loop", capability, ASTSource, kernels._grouped_gemm_kernel, dict(a="*u8", b="*u8", out="*" + out, **pointers),
                dict(layout, TILE=BLOCK), num_warps=8, num_stages=3)
@@ -524,7 +523,7 @@ def test_gemms_compile_without_a_gpu(tmp_path):
     results = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert len(results) == 25
     for level, capability, shared in results:
-        limit = kernels.SHARED_MEMORY if level == "hopper" else 99 * 1024
+        limit = (227 if level == "hopper" else 99) * 1024
         assert int(shared) <= limit, f"{level} for sm_{capability} needs {shared} bytes"
     spills = [line for line in done.stdout.splitlines() if "bytes spill stores" in line]
     assert len(spills) == 25 and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), spills

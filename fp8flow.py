@@ -84,14 +84,12 @@ class Recipe:
                              "scales is no power of two; use scales=pow2 or transpose=requant")
         for name in ("transpose", "swiglu", "permute", "scales"):
             if self.precision == "bf16" and getattr(self, name) != CHOICES[name][0]:
-                raise ValueError(f"{name}={getattr(self, name)} is a switch of FP8: use it with naive or flow, not bf16")
+                raise ValueError(f"{name}={getattr(self, name)} is a switch of FP8: not for bf16, use naive or flow")
 
 
-RECIPES = {
-    "bf16": Recipe(precision="bf16"),
-    "naive": Recipe(transpose="requant", swiglu="unfused", permute="unfused", scales="fp32"),
-    "flow": Recipe(),
-}
+RECIPES = {"bf16": Recipe(precision="bf16"),
+           "naive": Recipe(transpose="requant", swiglu="unfused", permute="unfused", scales="fp32"),
+           "flow": Recipe()}
 switch = replace                # switch(recipe, swiglu="unfused"): the recipe with some switches changed
 
 
@@ -490,14 +488,13 @@ def samples(R: int, C: int, device) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     x, student = torch.randn(R, C, generator=g), torch.randn(3, R, C, generator=g).square().mean(0).sqrt()
     binades, live = torch.randint(-12, 13, (R, 1), generator=g), torch.arange(R)[:, None] % 7 > 0
-    return {"Gaussian": x.to(device), "heavy-tailed": (x / student).to(device),         # Student t, 3 degrees of freedom
+    return {"Gaussian": x.to(device), "heavy-tailed": (x / student).to(device),         # Student t, 3 d.o.f.
             "outlier channels": torch.where(torch.arange(C) % 64 == 0, 64 * x, x).to(device),
             "rows over 24 binades": (x * 2.0 ** binades * live).to(device)}             # a seventh of them zero
 
 
 def print_double_quantization(device) -> None:
-    print("\nDouble quantization: SQNR in dB against the source, and the share of non-zero elements that become zero, "
-          "[1024, 2048]")
+    print("\nDouble quantization of [1024, 2048]: SQNR in dB, and the share of non-zero elements that become zero")
     columns = ("row-wise fp32", "requantized fp32", "row-wise pow2", "requantized pow2", "direct")
     print(f"  {'':22}" + "".join(f"{column:>20}" for column in columns))
     for kind, x in samples(1024, 2048, device).items():
@@ -533,7 +530,6 @@ def time_shares(step) -> dict[str, float]:
 
 def bytes_held(layer: Layer) -> int:
     """What one forward leaves on the GPU for its backward."""
-    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     y = layer.forward()
     return torch.cuda.memory_allocated() - before - y.nbytes
@@ -541,9 +537,8 @@ def bytes_held(layer: Layer) -> int:
 
 def print_layer_times(device) -> None:
     from triton.testing import do_bench_cudagraph
-    print("\nThe layer, forward + backward, weights already cast: median ms as a CUDA graph, speed-up over bf16 timed"
-          "\nright before; GPU time by kind of kernel, ms; MB held for backward; SQNR in dB of (y, dx, dprobs, dw1,"
-          "\ndw2) against bf16")
+    print("\nThe layer, forward + backward, weights cast before: median ms as a CUDA graph, speed-up over bf16 timed"
+          "\nright before; ms by kind of kernel; MB held for backward; SQNR in dB of (y, dx, dprobs, dw1, dw2)")
     for shape in kernels.LAYERS:
         print("T {}, D {}, F {}, E {}, k {}".format(*shape))
         print(f"  {'':24}{'ms':>8}{'x bf16':>8}" + "".join(f"{kind:>10}" for kind in (*SHARES, "held MB")) + "   SQNR")
@@ -561,8 +556,8 @@ def print_layer_times(device) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="fp8flow.py", allow_abbrev=False, description=(
-        "The casts of every recipe and switch, the double-quantization table and, on a GPU, the layer's times."))
+    about = "The casts of every recipe and switch, the double-quantization table and, on a GPU, the layer's times."
+    parser = argparse.ArgumentParser(prog="fp8flow.py", allow_abbrev=False, description=about)
     parser.add_argument("--trace", metavar="SPEC", help="instead: each launch of one layer: flow, flow,swiglu=unfused")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -74,11 +74,7 @@ class QTensor(NamedTuple):
     """
     data: Tensor
     scale: Tensor
-    scales: str = "pow2"
-
-    @property
-    def shape(self):
-        return self.data.shape
+    scales: str
 
     @property
     def rows_per_scale(self) -> int:
@@ -99,12 +95,12 @@ def _capability(device_index: int) -> tuple[int, int]:
 
 def use_kernels(x: Tensor) -> bool:
     """True where Triton kernels run: CUDA from compute capability 8.9 on, or any tensor in the interpreter."""
-    return INTERPRET or (x.is_cuda and _capability(x.device.index) >= (8, 9))
+    return INTERPRET or (x.is_cuda and torch.version.hip is None and _capability(x.device.index) >= (8, 9))
 
 
 def use_hopper_gemm(x: Tensor) -> bool:
     """True where the GEMMs are warp-specialised: the instructions are those of compute capability 9 alone."""
-    return x.is_cuda and _capability(x.device.index)[0] == 9
+    return x.is_cuda and use_kernels(x) and _capability(x.device.index)[0] == 9
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -125,13 +121,20 @@ def check_choice(name: str, value, choices) -> None:
 
 
 def check(name: str, x: Tensor, dtypes: tuple, *shape, like: Tensor | None = None) -> None:
-    """Raises ValueError unless x has one of `dtypes`, the shape (lengths, ANY or BLOCKS) and the device of `like`."""
+    """Raises ValueError unless x has one of `dtypes`, the shape and the device of `like`.
+
+    shape: for each axis a length, ANY or BLOCKS; a leading ... stands for any number of axes.
+    """
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is of type {type(x).__name__}: give a tensor")
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        raise ValueError(f"{name} is on {x.device}, not the current device: call torch.cuda.set_device first")
     if x.dtype not in dtypes:
         raise ValueError(f"{name} has dtype {x.dtype}: convert it to {' or '.join(map(str, dtypes))}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name} is on {x.device}: move it to {like.device}, where the other arguments are")
+    if shape[0] is ...:
+        shape = (ANY,) * (x.ndim - len(shape) + 1) + shape[1:]
     if x.ndim != len(shape):
         raise ValueError(f"{name} has shape {list(x.shape)}: reshape it to {len(shape)} axes")
     for axis, (length, want) in enumerate(zip(x.shape, shape)):
@@ -150,11 +153,11 @@ def check_q(name: str, q: QTensor, *shape, rows_per_scale=(1,), like: Tensor | N
         raise ValueError(f"{name} is of type {type(q).__name__}: give a QTensor, as quantize returns it")
     check(f"{name}.data", q.data, (FP8,), *shape, like=like)
     check_choice(f"{name}.scales", q.scales, SCALES)
-    *experts, R, C = q.shape
-    check(f"{name}.scale", q.scale, (torch.float32,), *(ANY,) * q.data.ndim, like=q.data)
-    layouts = [[*experts, C // BLOCK, R // r] for r in rows_per_scale]
+    *experts, R, C = q.data.shape
+    check(f"{name}.scale", q.scale, (torch.float32,), ..., ANY, ANY, like=q.data)
+    layouts = [[*experts, C // BLOCK, R // r] for r in rows_per_scale if R % r == 0]
     if list(q.scale.shape) not in layouts:
-        raise ValueError(f"{name}.scale has shape {list(q.scale.shape)}: {name} of shape {list(q.shape)} needs "
+        raise ValueError(f"{name}.scale has shape {list(q.scale.shape)}: {name} of shape {list(q.data.shape)} needs "
                          f"{' or '.join(map(str, layouts))}, quantize again")
 
 
@@ -167,6 +170,12 @@ def check_values(name: str, index: Tensor, low: int, high: int) -> None:
     """For the twins: index must hold values in [low, high)."""
     if index.min() < low or index.max() >= high:
         raise ValueError(f"{name} holds values from {index.min()} to {index.max()}: they must lie in [{low}, {high})")
+
+
+def _check_ends(ends: Tensor, slots: int) -> None:
+    """For the twins: where each expert's slots end."""
+    if ends.min() < 0 or ends.max() > slots or (ends % BLOCK).any() or (ends.diff() < 0).any():
+        raise ValueError(f"ends holds {ends.tolist()}: give multiples of {BLOCK} up to {slots} that do not decrease")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +201,8 @@ class Trace(list):
     tiles: Tensor | None = None                                     # the expert of each tile, as the launches saw it
 
     def bytes(self, launch: Launch) -> int:
-        """What must move: each input and output once, slots in unused tiles left out. Waits for the GPU."""
+        """What must move: each input and output once, slots in unused tiles left out (of every axis that is as long as
+        there are slots). Waits for the GPU."""
         tiles = [] if self.tiles is None else self.tiles.tolist()
         slots, used = BLOCK * len(tiles), BLOCK * sum(tile >= 0 for tile in tiles)
         return sum(math.prod(used if n == slots else n for n in shape) * dtype.itemsize
@@ -211,7 +221,7 @@ def trace():
     try:
         yield launches
     finally:
-        _traces.pop()
+        _traces[:] = [other for other in _traces if other is not launches]
 
 
 @contextlib.contextmanager
@@ -309,11 +319,9 @@ def _encode(x):
 @triton.jit
 def _quantize_blocks(x, POW2: tl.constexpr, TILE: tl.constexpr):
     """x [R, C] fp32 -> codes [R, C], scale [R, C/TILE]."""
-    R: tl.constexpr = x.shape[0]
-    C: tl.constexpr = x.shape[1]
-    x = tl.reshape(x, (R, C // TILE, TILE))
-    scale, factor = _scale_of(_amax_bits(x, 2), POW2)
-    return tl.reshape(_encode(x * factor[:, :, None]), (R, C)), scale
+    blocks = tl.reshape(x, (x.shape[0], x.shape[1] // TILE, TILE))
+    scale, factor = _scale_of(_amax_bits(blocks, 2), POW2)
+    return tl.reshape(_encode(blocks * factor[:, :, None]), x.shape), scale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,10 +397,10 @@ def _dequantize_kernel(data, scale, out,                    # data [R, C] uint8,
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """code * scale: QTensor [R, C] in 1x128 blocks or tiles -> [R, C] of `dtype`. Weights [E, R, C] go to the twin."""
     check_choice("dtype", dtype, FLOATS)
-    check_q("q", q, *(ANY,) * (q.data.ndim - 1), BLOCKS, rows_per_scale=(1, BLOCK))
+    check_q("q", q, ..., ANY, BLOCKS, rows_per_scale=(1, BLOCK))
     if not use_kernels(q.data) or q.data.ndim != 2:
         return dequantize_ref(q, dtype)
-    (R, C), r_tile = q.shape, 64
+    (R, C), r_tile = q.data.shape, 64
     out = q.data.new_empty(R, C, dtype=dtype)
     _dequantize_kernel[triton.cdiv(R, r_tile), C // BLOCK](
         _bytes(q.data.contiguous()), q.scale.contiguous(), out, R, C,
@@ -456,7 +464,7 @@ def quantize_weight(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTensor]:
 def scaling_aware_transpose_ref(q: QTensor, rows: Tensor | None = None) -> QTensor:
     """For each tile: S is the largest of its 128 scales, a code of row r times s_r / S, rounded, transposed."""
     q = q if rows is None else gather_rows_ref(q, rows)
-    M, C = q.shape
+    M, C = q.data.shape
     data, scale = q.data.new_empty(C, M), q.scale.new_empty(M // BLOCK, C // BLOCK)
     for i, j in itertools.product(range(M // BLOCK), range(C // BLOCK)):
         r, c = slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK)
@@ -507,11 +515,12 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None, tiles: Tenso
                          "quantize with scales='pow2'")
     if rows is not None:
         check("rows", rows, (torch.int64,), BLOCKS, like=q.data)
-    (T, C), M = q.shape, len(q.data) if rows is None else len(rows)
+    (T, C), M = q.data.shape, len(q.data) if rows is None else len(rows)
     _check_tiles(tiles, M, q.data)
     if not use_kernels(q.data):
+        check_values("rows", torch.arange(M) if rows is None else rows, -1, T)
         return scaling_aware_transpose_ref(q, rows)
-    out = QTensor(q.data.new_empty(C, M), q.scale.new_empty(M // BLOCK, C // BLOCK))
+    out = QTensor(q.data.new_empty(C, M), q.scale.new_empty(M // BLOCK, C // BLOCK), q.scales)
     _scaling_aware_transpose_kernel[M // BLOCK, C // BLOCK](
         _bytes(q.data.contiguous()), q.scale.contiguous(), _contiguous(rows), _contiguous(tiles), _bytes(out.data),
         out.scale, T, C, M, TILE=BLOCK, num_warps=4)
@@ -629,15 +638,13 @@ def _swiglu_backward_kernel(da, h, prob, tile_expert,       # [M, F] bf16, [M, 2
     tl.store(dh + r * F * 2 + F + c, dup.to(dh.dtype.element_ty), mask=live)
 
 
-def _check_swiglu(h: Tensor, prob: Tensor, tiles, da: Tensor | None = None, scales: str = "pow2") -> None:
+def _check_swiglu(h: Tensor, prob: Tensor, tiles: Tensor | None, scales: str = "pow2") -> None:
     check_choice("scales", scales, SCALES)
     check("h", h, FLOATS, ANY, BLOCKS)
     if h.shape[1] % (2 * BLOCK):
         raise ValueError(f"h has shape {list(h.shape)}: gate and up must each be a multiple of {BLOCK} wide, pad both")
     check("prob", prob, (torch.float32,), len(h), like=h)
     _check_tiles(tiles, len(h), h)
-    if da is not None:
-        check("da", da, (h.dtype,), len(h), h.shape[1] // 2, like=h)
 
 
 def _launch_swiglu(h, prob, tiles, a, scale=None, scales="pow2") -> None:
@@ -673,7 +680,7 @@ def swiglu(h: Tensor, prob: Tensor, tiles: Tensor | None = None) -> Tensor:
 @recorded()
 def swiglu_quantize(h: Tensor, prob: Tensor, scales: str = "pow2", tiles: Tensor | None = None) -> QTensor:
     """`swiglu` that emits FP8 (a fused operator of the paper): no BF16 tensor between SwiGLU and `quantize`."""
-    _check_swiglu(h, prob, tiles, scales=scales)
+    _check_swiglu(h, prob, tiles, scales)
     if not use_kernels(h):
         return swiglu_quantize_ref(h, prob, scales)
     a = _empty_q(h, len(h), h.shape[1] // 2, scales)
@@ -684,7 +691,8 @@ def swiglu_quantize(h: Tensor, prob: Tensor, scales: str = "pow2", tiles: Tensor
 @recorded()
 def swiglu_backward(da: Tensor, h: Tensor, prob: Tensor, tiles: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """da [M, F] bf16, h [M, 2F] bf16, prob [M] fp32 -> dh [M, 2F] bf16, dprob [M] fp32."""
-    _check_swiglu(h, prob, tiles, da)
+    _check_swiglu(h, prob, tiles)
+    check("da", da, (h.dtype,), len(h), h.shape[1] // 2, like=h)
     if not use_kernels(h):
         return swiglu_backward_ref(da, h, prob)
     dh, dprob = h.new_empty(h.shape), prob.new_empty(len(h))
@@ -697,7 +705,8 @@ def swiglu_backward_quantize(da: Tensor, h: Tensor, prob: Tensor, scales: str = 
                              tiles: Tensor | None = None) -> tuple[QTensor, Tensor, QTensor]:
     """`swiglu_backward` that emits FP8 (a fused operator of the paper): dh [M, 2F] row-wise, dprob [M] fp32, and
     a [M, F] row-wise once more, from the h that is at hand, for the weight gradient of fc2."""
-    _check_swiglu(h, prob, tiles, da, scales)
+    _check_swiglu(h, prob, tiles, scales)
+    check("da", da, (h.dtype,), len(h), h.shape[1] // 2, like=h)
     if not use_kernels(h):
         return swiglu_backward_quantize_ref(da, h, prob, scales)
     (M, F), dprob = da.shape, prob.new_empty(len(h))
@@ -866,7 +875,8 @@ def _grouped_gemm_kernel(a, b, out,                         # [M, K], [E, N, K],
 #     loader     one warp. Asks the copy engine (TMA) for the tiles of the next K-steps, into a ring of stages in shared
 #                memory, as soon as a stage is free.
 #     consumers  two groups of four warps. Each owns 64 of the tile's 128 rows: it starts a product, waits for it, and
-#                promotes it. They never wait for each other: while one promotes, the tensor core works for the other.
+#                promotes it. They do not wait for each other (but one can be no more than the ring ahead): while one
+#                promotes, the tensor core works for the other.
 #
 # They meet at `mbarrier`s, counters in shared memory. The loader waits until a stage is `empty` (both consumers are
 # done with it), a consumer until it is `full` (its bytes have arrived). A barrier is waited for by the parity of its
@@ -922,14 +932,14 @@ def _loader(a, b, b_scale, ring, problem, tiles, PROGRAMS: gl.constexpr, WGRAD: 
             mbarrier.expect(left, 2 * _TILE * _TILE)        # nor before so many bytes
             _tma_load(a, [row, k * _TILE], left, a_ring.index(s))
             _tma_load(b, [b_row, k * _TILE], left, b_ring.index(s).slice(0, _TILE))
-            mbarrier.expect(right, _TILE * _TILE)           # past the last row of b, TMA fills in zeros
+            mbarrier.expect(right, _TILE * _TILE)           # past N: the next expert's rows or zeros, never stored
             _tma_load(b, [b_row + _TILE, k * _TILE], right, b_ring.index(s).slice(_TILE, _TILE))
             i += 1
 
 
 @gluon.jit
 def _here(x):
-    """x, computed at this place: an empty instruction that the compiler can neither look into nor move."""
+    """x, computed at this place: an empty instruction that LLVM can neither look into nor move (ptxas sees nothing)."""
     return gl.inline_asm_elementwise("", "=f,0", [x], dtype=gl.float32, is_pure=False, pack=1)
 
 
@@ -1043,13 +1053,13 @@ def _tma(x: Tensor, rows: int, dtype) -> TensorDescriptor:
 
 def _hopper_options(b_per: int, out_bytes: int) -> dict:
     """STAGES: as many as fit into Hopper's 227 KB of shared memory, 48 KB each, beside the buffers of the stores (32 KB
-    in bf16, 64 in fp32) and b's scales. The launch counts 12 warps, the loader as four: with 168 registers a thread
-    they fill the register file."""
+    in bf16, 64 in fp32) and b's scales, a ring that the compiler drops where nobody uses it. The launch counts 12
+    warps, the loader as four: with 168 registers a thread they fill the register file."""
     return dict(STAGES=4 if b_per == BLOCK and out_bytes == 2 else 3, num_warps=4, maxnreg=168)
 
 
 def _launch_gemm(a: QTensor, b: QTensor, out: Tensor, tile_expert: Tensor, ends: Tensor) -> Tensor:
-    wgrad, E, (M, K), N = out.ndim == 3, len(ends), a.shape, b.shape[-2]
+    wgrad, E, (M, K), N = out.ndim == 3, len(ends), a.data.shape, b.data.shape[-2]
     x, y, flat = a.data.contiguous(), b.data.contiguous().flatten(0, -2), out.flatten(0, -2)
     scales, indices = (a.scale.contiguous(), b.scale.contiguous()), (tile_expert.contiguous(), ends.contiguous())
     layout = dict(WGRAD=wgrad, A_PER=a.rows_per_scale, B_PER=b.rows_per_scale)
@@ -1075,13 +1085,16 @@ def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor) -> T
     ends [E] int32: where each expert's rows end, a multiple of 128.
     """
     check_q("a", a, BLOCKS, BLOCKS)
-    check_q("b", b, ANY, BLOCKS, a.shape[1], rows_per_scale=(BLOCK,), like=a.data)
+    check_q("b", b, ANY, BLOCKS, a.data.shape[1], rows_per_scale=(BLOCK,), like=a.data)
     check("tile_expert", tile_expert, (torch.int32,), len(a.data) // BLOCK, like=a.data)
     check("ends", ends, (torch.int32,), len(b.data), like=a.data)
     if not use_kernels(a.data):
-        check_values("tile_expert", tile_expert, -1, len(b.data))
+        _check_ends(ends, len(a.data))
+        expert = torch.searchsorted(ends // BLOCK, torch.arange(len(tile_expert)).to(ends), right=True)
+        if not torch.equal(tile_expert, torch.where(expert < len(ends), expert, -1).int()):
+            raise ValueError(f"tile_expert holds {tile_expert.tolist()}: ends ask for {expert.tolist()}, -1 for {len(ends)}")
         return grouped_gemm_ref(a, b, tile_expert)
-    out = a.scale.new_empty(len(a.data), b.shape[1], dtype=torch.bfloat16)
+    out = a.scale.new_empty(len(a.data), b.data.shape[1], dtype=torch.bfloat16)
     return _launch_gemm(a, b, out, tile_expert, ends)
 
 
@@ -1090,14 +1103,15 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, dtype: torch.dtype = tor
     """dW[e] = a[:, slots of e] @ b[:, slots of e]^T, zeros for an expert without slots.
 
     a [M, slots], b [N, slots] column-wise, scales in tiles (from the direct transpose) or 1x128 blocks (requantized);
-    M, N, slots multiples of 128.  ends [E] int32: the end of each expert's slots.  -> [E, M, N], fp32 or bf16.
+    M, N, slots multiples of 128.  ends [E] int32: the end of each expert's slots, a multiple of 128.
+    -> [E, M, N] of `dtype`, fp32 or bf16.
     """
     check_choice("dtype", dtype, (torch.float32, torch.bfloat16))
     check_q("a", a, BLOCKS, BLOCKS, rows_per_scale=(1, BLOCK))
-    check_q("b", b, BLOCKS, a.shape[1], rows_per_scale=(1, BLOCK), like=a.data)
+    check_q("b", b, BLOCKS, a.data.shape[1], rows_per_scale=(1, BLOCK), like=a.data)
     check("ends", ends, (torch.int32,), ANY, like=a.data)
     if not use_kernels(a.data):
-        check_values("ends", ends, 0, a.shape[1] + 1)
+        _check_ends(ends, a.data.shape[1])
         return grouped_wgrad_ref(a, b, ends, dtype)
     out = a.scale.new_empty(len(ends), len(a.data), len(b.data), dtype=dtype)
     return _launch_gemm(a, b, out, ends, ends)

@@ -78,7 +78,7 @@ class MoE(nn.Module):
         self.load = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] bf16 -> the same, and the load-balancing loss: 1 when the load is even (Switch Transformer, eq. 4)."""
+        """x [B, S, D] bf16 -> the same, and the load-balancing loss: 1 when the load is even (Switch, eq. 4)."""
         tokens = rearrange(x, "b s d -> (b s) d")
         scores = self.router(tokens.float()).softmax(-1)                    # [T, E] fp32
         probs, chosen = scores.topk(self.top_k, dim=-1)                     # [T, k]

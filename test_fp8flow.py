@@ -5,7 +5,7 @@ import torch
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"                    # before the kernels are imported: @triton.jit reads it there
+    os.environ["TRITON_INTERPRET"] = "1"                    # before the kernels are imported: @triton.jit reads it
 
 import copy
 import csv
@@ -13,7 +13,6 @@ import inspect
 import re
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
@@ -68,7 +67,8 @@ def _cast_fp8_kernel(x, out, N: tl.constexpr):
 
 
 def test_casts_round_to_nearest_even():
-    x = torch.cat([torch.randn(2000), torch.linspace(-0.02, 0.02, 2001), torch.tensor([0.0, -0.0, 1 + 2 ** -8, 1 + 3 * 2 ** -8]),
+    x = torch.cat([torch.randn(2000), torch.linspace(-0.02, 0.02, 2001),
+                   torch.tensor([0.0, -0.0, 1 + 2 ** -8, 1 + 3 * 2 ** -8]),
                    torch.tensor([17.0, 19.0, 448.0, -448.0, 2 ** -9, 2 ** -10, 3 * 2 ** -10, -2 ** -11])]).to(DEVICE)
     n = triton.next_power_of_2(len(x))
     x = torch.nn.functional.pad(x, (0, n - len(x)))
@@ -222,7 +222,7 @@ def test_transpose_against_exact_arithmetic(twin):
     for i, (shift, half) in enumerate((s, h) for s in shifts for h in range(2)):
         x[i], scale[0, i], k[i] = codes[half], 2.0 ** (90 - shift), shift
     transpose = kernels.scaling_aware_transpose_ref if twin else kernels.scaling_aware_transpose
-    out = transpose(QTensor(x.view(FP8).to(DEVICE), scale.to(DEVICE)))
+    out = transpose(QTensor(x.view(FP8).to(DEVICE), scale.to(DEVICE), "pow2"))
     assert out.scale.tolist() == [[2.0 ** 90]]
     got = out.data.view(torch.uint8).cpu().t()
     for i in range(2 * len(shifts)):
@@ -235,7 +235,7 @@ def test_transpose_against_exact_arithmetic(twin):
 def test_transpose_kernel_equals_twin(M, C, kind):
     q = kernels.quantize(data(kind, M, C))
     out = kernels.scaling_aware_transpose(q)
-    assert out.shape == (C, M) and same_bits(out, kernels.scaling_aware_transpose_ref(q))
+    assert out.data.shape == (C, M) and same_bits(out, kernels.scaling_aware_transpose_ref(q))
     rows = torch.randint(-1, M, (256,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     permuted = kernels.scaling_aware_transpose(q, rows)
     assert same_bits(permuted, kernels.scaling_aware_transpose_ref(q, rows))
@@ -321,14 +321,15 @@ def test_offsets_beyond_2_31():
     x = kernels.gather_rows(h, torch.arange(M - 256, M, device=DEVICE))
     assert torch.equal(x, h[-256:])
     wide = kernels.scaling_aware_transpose(kernels.quantize(h))
-    assert same_bits(QTensor(wide.data[-128:, -128:].contiguous(), wide.scale[-1:, -1:]),
+    assert same_bits(QTensor(wide.data[-128:, -128:].contiguous(), wide.scale[-1:, -1:], "pow2"),
                      kernels.scaling_aware_transpose(kernels.quantize(h[-128:, -128:].contiguous())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # moving rows
 
-@pytest.mark.parametrize("T, C, M", [(5, 128, 256), (130, 384, 384)] + ([(4096, 7168, 8192), (999, 1408, 3072)] if CUDA else []))
+@pytest.mark.parametrize("T, C, M", [(5, 128, 256), (130, 384, 384)]
+                         + ([(4096, 7168, 8192), (999, 1408, 3072)] if CUDA else []))
 def test_gather_and_sum_rows(T, C, M):
     rows = torch.randint(-1, T, (M,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     rows[:7] = -1
@@ -346,15 +347,15 @@ def test_gather_and_sum_rows(T, C, M):
 
 def test_views_are_taken_as_they_read():
     """A transposed view goes in as its contiguous copy would."""
-    x, prob = data("plain", 256, 128).t(), torch.rand(128, 2, generator=torch.Generator().manual_seed(7)).to(DEVICE)[:, 0]
+    x, prob = data("plain", 256, 128).t(), torch.linspace(0, 1, 256, device=DEVICE)[::2]
     assert same_bits(kernels.quantize(x), kernels.quantize(x.contiguous()))
     assert same_bits(kernels.swiglu_quantize(x, prob), kernels.swiglu_quantize(x.contiguous(), prob.contiguous()))
     rows = torch.arange(256, device=DEVICE)[::2] // 2                               # every second of an int64 tensor
     assert torch.equal(kernels.gather_rows(x, rows), x)
     assert torch.equal(kernels.sum_rows(x, rows[:, None]), x)
     da = data("plain", 128, 128, seed=1).t()
-    for a, b in zip(kernels.swiglu_backward(da, x, prob), kernels.swiglu_backward(da.contiguous(), x.contiguous(), prob.contiguous())):
-        assert torch.equal(a, b)
+    straight = kernels.swiglu_backward(da.contiguous(), x.contiguous(), prob.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(kernels.swiglu_backward(da, x, prob), straight))
     q, (w, _) = kernels.quantize(x), kernels.quantize_weight(data("plain", 128, 256, dtype=torch.float32)[None])
     strided = q._replace(data=q.data.view(torch.uint8).t().contiguous().t().view(FP8))
     tile_expert, ends = torch.tensor([[0, -1]], device=DEVICE).int(), torch.tensor([[128, 0]], device=DEVICE).int()
@@ -443,7 +444,7 @@ def test_grouped_wgrad(M, N, counts, operands):
 
 
 def test_gemms_repeat_and_leave_unused_tiles_alone():
-    """Loads, products and promotions overlap: a missing wait would show as a run that differs. Unused tiles hold anything."""
+    """Loads, products and promotions overlap: a missing wait shows as a differing run. Unused tiles hold anything."""
     runs, counts, N, K = (60, [9, 0, 23, 31], 2048, 1408) if CUDA else (2, [1, 0, 1], 128, 256)
     tile_expert, ends = expert_tiles(counts)
     rows, used = len(tile_expert) * BLOCK, sum(counts) * BLOCK
@@ -467,18 +468,18 @@ def test_gemms_repeat_and_leave_unused_tiles_alone():
 @pytest.mark.skipif(not CUDA, reason="operands of more than 2^31 elements, 9 GB: the interpreter would take hours")
 def test_gemm_offsets_beyond_2_31():
     slots, C = 2 ** 20 + 1024, 2048
-    x = data("plain", 1024, C).repeat(slots // 1024, 1)
+    x = data("plain", 1024, C).repeat(slots // 1024, 1)                                 # the last rows are the first
     q, (w, _) = kernels.quantize(x), kernels.quantize_weight(data("plain", 128, C, dtype=torch.float32)[None])
-    tiles, ends = torch.zeros(slots // BLOCK, dtype=torch.int32, device=DEVICE), torch.tensor([slots], device=DEVICE).int()
-    for out in (at_every_level(lambda: kernels.grouped_gemm(q, w, tiles, ends)),):
-        assert torch.equal(out[:1024], out[-1024:]) and out.float().std() > 1
-    t = kernels.scaling_aware_transpose(q)
-    rest, last = torch.tensor([slots - 1024, slots], device=DEVICE).int(), t.data[-256:], 
-    b = QTensor(t.data[-256:], t.scale[:, -2:])
-    dw = at_every_level(lambda: kernels.grouped_wgrad(t, b, rest))
-    first = kernels.grouped_wgrad(QTensor(t.data[:, :1024].contiguous(), t.scale[:8]),
-                                  QTensor(b.data[:, :1024].contiguous(), b.scale[:8]), torch.tensor([1024], device=DEVICE).int())
-    assert torch.equal(dw[1], first[0])
+    tiles = torch.zeros(slots // BLOCK, dtype=torch.int32, device=DEVICE)
+    ends = torch.tensor([slots - 1024, slots], dtype=torch.int32, device=DEVICE)
+    out = at_every_level(lambda: kernels.grouped_gemm(q, w, tiles, ends[1:]))
+    assert torch.equal(out[:1024], out[-1024:]) and out.float().std() > 1
+    a = kernels.scaling_aware_transpose(q)
+    b = QTensor(a.data[-256:], a.scale[:, -2:], "pow2")
+    dw = at_every_level(lambda: kernels.grouped_wgrad(a, b, ends))                      # expert 1: the last 1024 slots
+    a_first, b_first = (QTensor(t.data[:, :1024], t.scale[:8], "pow2") for t in (a, b))
+    first = torch.tensor([1024], dtype=torch.int32, device=DEVICE)
+    assert torch.equal(dw[1], kernels.grouped_wgrad(a_first, b_first, first)[0])
 
 
 COMPILE = """
@@ -495,7 +496,8 @@ def descriptor(name, dtype, rows):
 def report(level, capability, source, kernel, types, constants, **options):
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
-    compiled = triton.compile(source(kernel, signature, constants, attrs), target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source(kernel, signature, constants, attrs), target=GPUTarget("cuda", capability, 32),
+                              options=options)
     print("RESULT", level, capability, compiled.metadata.shared, flush=True)
 
 pointers = dict.fromkeys(("a_scale", "b_scale"), "*fp32") | dict.fromkeys(("tile_expert", "ends"), "*i32")
@@ -508,14 +510,15 @@ for wgrad, a_per, b_per, out_bytes in cases:                # fprop and dgrad, w
     report("hopper", 90, GluonASTSource, kernels._hopper_gemm_kernel, dict(types, b=types["a"]),
            dict(layout, PROGRAMS=132, STAGES=options.pop("STAGES")), **options)
     for capability in (89, 90, 100, 120):
-        report("loop", capability, ASTSource, kernels._grouped_gemm_kernel, dict(a="*u8", b="*u8", out="*" + out, **pointers),
-               dict(layout, TILE=BLOCK), num_warps=8, num_stages=3)
+        types = dict(a="*u8", b="*u8", out="*" + out, **pointers)
+        report("loop", capability, ASTSource, kernels._grouped_gemm_kernel, types, dict(layout, TILE=BLOCK),
+               num_warps=8, num_stages=3)
 """
 
 
 def test_gemms_compile_without_a_gpu(tmp_path):
-    """Both GEMM kernels for every layout of scales, by whatever Triton is installed: no spills, and they fit in the shared
-    memory of the GPUs they are meant for: 227 KB on Hopper and data-centre Blackwell, 99 KB on 8.9 and 12.0."""
+    """Both GEMM kernels for every layout of scales, by whatever Triton is installed: no spills, and they fit in the
+    shared memory of the GPUs they are meant for: 227 KB on Hopper; 99 KB, what 8.9 and 12.0 have, for the loop."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=ROOT,
                           env=env | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DUMP_PTXAS_LOG": "1"})
@@ -571,7 +574,8 @@ def test_plan(T, E, K, reason, kind):
     assert torch.equal(plan.pair[plan.slot.flatten()], torch.arange(T * K, device=DEVICE))          # inverse
     assert torch.equal(plan.token[live], plan.pair[live] // K) and (plan.token[~live] == -1).all()
     assert torch.equal(plan.tile_expert.repeat_interleave(BLOCK)[live], experts.flatten()[plan.pair[live]].int())
-    assert (plan.tile_expert[plan.ends[-1] // BLOCK:] == -1).all() and (plan.tile_expert[:plan.ends[-1] // BLOCK] >= 0).all()
+    used = plan.ends[-1] // BLOCK
+    assert (plan.tile_expert[used:] == -1).all() and (plan.tile_expert[:used] >= 0).all()
     assert torch.equal(unpadded.slot[unpadded.row_of_pair.flatten()], plan.slot.flatten())
     assert torch.equal(unpadded.token[unpadded.row_of_pair.flatten()], torch.arange(T * K, device=DEVICE) // K)
     assert torch.equal(unpadded.row_of_slot[unpadded.slot], torch.arange(T * K, device=DEVICE))
@@ -650,7 +654,8 @@ FP8_BAR, REQUANT_BAR, BF16_BAR = 22, 20, 42
 
 @pytest.mark.parametrize("recipe", list(fp8flow.RECIPES))
 @pytest.mark.parametrize("T, D, width, E, K, kind", [(150, 128, 256, 3, 2, "empty")] + (
-    [(2048, 1024, 1408, 8, 2, "random"), (1000, 2048, 512, 7, 3, "one"), (4096, 512, 1536, 16, 4, "empty")] if CUDA else []))
+    [(2048, 1024, 1408, 8, 2, "random"), (1000, 2048, 512, 7, 3, "one"), (4096, 512, 1536, 16, 4, "empty")]
+    if CUDA else []))
 def test_layer_against_fp64(T, D, width, E, K, kind, recipe):
     recipe, inputs = fp8flow.RECIPES[recipe], layer_inputs(T, D, width, E, K, kind)
     bar = BF16_BAR if recipe.precision == "bf16" else FP8_BAR if recipe.transpose == "direct" else REQUANT_BAR
@@ -686,7 +691,7 @@ def test_nan_reaches_the_output_of_its_token_only():
 
 
 class NoSync(TorchDispatchMode):
-    """What would make the host wait for a GPU, told on any device: values read by the host, shapes that depend on data."""
+    """What would make the host wait for a GPU, told on any device: values it reads, shapes that depend on data."""
     WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "repeat_interleave", "equal"}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -767,11 +772,10 @@ def test_activations_do_not_outlive_backward(spec):
     experts, probs, x, dy, w1, w2 = layer_inputs(20, 128, 128, 2, 1)
     module = build_layer(fp8flow.parse_spec(spec), w1, w2)
     y = module(x.requires_grad_(), probs, fp8flow.make_plan(experts, 2))
-    saved = [weakref.ref(t) for t in y.grad_fn.saved_tensors if t is not None and t.dtype != torch.float32]
-    assert not held_by(y.grad_fn) and saved
+    assert held_by(y.grad_fn) == [] and sum(t is not None for t in y.grad_fn.saved_tensors) > 3
     y.backward(dy)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        y.grad_fn.saved_tensors                                         # y, and with it the graph, is alive; what it saved is not
+        y.grad_fn.saved_tensors                                         # y and its graph live, what was saved is gone
 
 
 def test_a_step_leaves_no_graph_behind(monkeypatch):
@@ -790,7 +794,7 @@ def test_a_step_leaves_no_graph_behind(monkeypatch):
 
 def traced(recipe):
     with kernels.trace() as launches:
-        run_layer(recipe, *layer_inputs(1, 128, 128, 1, 1))             # one tile of slots: casts do not depend on the size
+        run_layer(recipe, *layer_inputs(1, 128, 128, 1, 1))             # one tile of slots: the casts are the same
     return launches
 
 
@@ -814,7 +818,8 @@ def test_ledger(spec, casts):
     found, calls = count(fp8flow.parse_spec(spec))
     assert [launch.op for launch in found] == calls and len(calls) == casts
     if casts == 12:
-        assert {(c.tensor, c.cast) for c in found} == {(t, k) for t in ("X", "A", "dY", "dH") for k in ("Q", "DQ", "Q'")}
+        four_by_three = {(tensor, cast) for tensor in ("X", "A", "dY", "dH") for cast in ("Q", "DQ", "Q'")}
+        assert {(launch.tensor, launch.cast) for launch in found} == four_by_three
     if casts == 2:
         assert [(c.tensor, c.cast, c.direction) for c in found] == [("X", "Q", "forward"), ("dY", "Q", "backward")]
 
@@ -835,7 +840,8 @@ def test_trace_of_flow():
     """Every launch has a tensor, a direction and bytes; the GEMMs stand where the dataflow has them."""
     launches = traced(fp8flow.RECIPES["flow"])
     assert [(x.tensor, x.direction) for x in launches if x.op in ("grouped_gemm", "grouped_wgrad")] == [
-        ("H", "forward"), ("Y", "forward"), ("dA", "backward"), ("dX", "backward"), ("dW2", "backward"), ("dW1", "backward")]
+        ("H", "forward"), ("Y", "forward"),
+        ("dA", "backward"), ("dX", "backward"), ("dW2", "backward"), ("dW1", "backward")]
     assert [x.tensor for x in launches if x.op == "quantize_weight"] == ["W1", "W2"] and all(x.tensor for x in launches)
     quantize = next(x for x in launches if x.op == "quantize")
     assert launches.bytes(quantize) == 128 * 2 + 128 + 4                # one token: bf16 in; codes and a scale out
@@ -859,8 +865,8 @@ def test_the_profiler_sees_what_the_trace_says(spec):
     with kernels.trace() as launches, profile(activities=[ProfilerActivity.CUDA]) as prof:
         layer.step()
         torch.cuda.synchronize()
-    ours = re.compile(r"_(quantize|dequantize|scaling_aware_transpose|transpose|swiglu|swiglu_backward|gather_rows|sum_rows|"
-                      r"hopper_gemm|grouped_gemm)_kernel")
+    ours = re.compile(r"_(quantize|dequantize|scaling_aware_transpose|transpose|swiglu|swiglu_backward|gather_rows|"
+                      r"sum_rows|hopper_gemm|grouped_gemm)_kernel")
     seen = [ours.match(event.name)[1] for event in sorted(prof.events(), key=lambda event: event.time_range.start)
             if ours.match(event.name)]
     gemm = "hopper_gemm" if "hopper" in LEVELS else "grouped_gemm"
@@ -880,7 +886,7 @@ def test_what_the_commands_explain(capsys, monkeypatch):
     assert counts == {"bf16": "0", "naive": "12", "flow": "2"}
     assert sum("refused:" in line for line in lines) == 2
     gaussian = next(line for line in lines if line and line[0] == "Gaussian")
-    fp32_once, fp32_twice, pow2_once, pow2_twice, direct = (float(v) for v in gaussian if v.endswith(tuple("0123456789")))
+    fp32_once, fp32_twice, pow2_once, pow2_twice, direct = (float(v) for v in gaussian if v[-1].isdigit())
     assert fp32_once - fp32_twice > 2 and pow2_once - pow2_twice < 0.1 and pow2_once - direct < 0.1
     for spec, last in (("naive", ["34", "12"]), ("flow", ["18", "2"]), ("bf16", ["12", "0"])):
         monkeypatch.setattr(kernels, "LAYERS", ((64, 128, 128, 4, 2),))
@@ -902,7 +908,8 @@ def test_bench_lines(capsys, monkeypatch):
         assert line in printed
     rows, slots, tiles, ends = kernels.balanced_routing(64, 2, 3, DEVICE)
     live = rows >= 0
-    assert live.sum() == 64 * 3 // 2 * 2 and torch.equal(rows[slots], torch.arange(64, device=DEVICE)[:, None].expand(-1, 3))
+    tokens = torch.arange(64, device=DEVICE)
+    assert live.sum() == 64 * 3 // 2 * 2 and torch.equal(rows[slots], tokens[:, None].expand(-1, 3))
     assert len(tiles) * BLOCK == len(rows) == ends[-1]
 
 
@@ -936,20 +943,30 @@ def test_specs():
 
 def misuse():
     """(what is named, what says it, the call): each was garbage or a crash without a check."""
-    x, w = data("plain", 256, 256), data("plain", 256, 256, dtype=torch.float32)[None]
-    q, (b, _), h, prob = kernels.quantize(x), kernels.quantize_weight(w), data("plain", 256, 512), torch.ones(256, device=DEVICE)
-    tiles, ends = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.tensor([256], dtype=torch.int32, device=DEVICE)
-    rows, fp32 = torch.arange(256, device=DEVICE), kernels.quantize(x, "fp32")
-    t = kernels.scaling_aware_transpose(q)
-    narrow, k = kernels.quantize(x[:, :128]), kernels
+    k, x, h, prob = kernels, data("plain", 256, 256), data("plain", 256, 512), torch.ones(256, device=DEVICE)
+    w = data("plain", 256, 256, dtype=torch.float32)[None]
+    q, fp32, (b, _) = k.quantize(x), k.quantize(x, "fp32"), k.quantize_weight(w)
+    t, rows = k.scaling_aware_transpose(q), torch.arange(256, device=DEVICE)
+    tiles, ends = (torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in ([0, 0], [256]))
+    experts, layer = rows[:100, None] % 2, fp8flow.Experts(2, 256, 128, fp8flow.Recipe()).to(DEVICE)
+    plan, p = fp8flow.make_plan(experts, 2), prob[:100, None]
     return [
-        ("x", "multiple of 128", lambda: k.quantize(x[:, :100])), ("x", "2 axes", lambda: k.quantize(x[0])),
-        ("x", "int64", lambda: k.quantize(rows[:, None].expand(-1, 128))), ("scales", "'e8m0'", lambda: k.quantize(x, "e8m0")),
-        ("x", "empty", lambda: k.quantize(x[:0])), ("x", "list", lambda: k.quantize([1.0])),
-        ("scales", "'e8m0'", lambda: k.swiglu_quantize(h, prob, "e8m0")), ("scales", "'row'", lambda: k.quantize_weight(w, "row")),
+        ("x", "multiple of 128", lambda: k.quantize(x[:, :100])),
+        ("x", "2 axes", lambda: k.quantize(x[0])),
+        ("x", "int64", lambda: k.quantize(rows[:, None].expand(-1, 128))),
+        ("x", "empty", lambda: k.quantize(x[:0])),
+        ("x", "list", lambda: k.quantize([1.0])),
+        ("scales", "'e8m0'", lambda: k.quantize(x, "e8m0")),
+        ("scales", "'e8m0'", lambda: k.swiglu_quantize(h, prob, "e8m0")),
+        ("scales", "'row'", lambda: k.quantize_weight(w, "row")),
         ("scales", "'row'", lambda: k.swiglu_backward_quantize(x, h, prob, "row")),
-        ("w", "3 axes", lambda: k.quantize_weight(w[0])), ("w", "multiple of 128", lambda: k.quantize_weight(w[:, :100])),
-        ("q", "QTensor", lambda: k.dequantize(x)), ("dtype", "int8", lambda: k.dequantize(q, torch.int8)),
+        ("w", "3 axes", lambda: k.quantize_weight(w[0])),
+        ("w", "multiple of 128", lambda: k.quantize_weight(w[:, :100])),
+        ("q", "QTensor", lambda: k.dequantize(x)),
+        ("q", "QTensor", lambda: k.dequantize(None)),
+        ("q.scale", "quantize again", lambda: k.dequantize(QTensor(q.data[:200], t.scale[:, :1], "pow2"))),
+        ("da", "NoneType", lambda: k.swiglu_backward(None, h, prob)),
+        ("dtype", "int8", lambda: k.dequantize(q, torch.int8)),
         ("q.scale", "quantize again", lambda: k.dequantize(q._replace(scale=q.scale[:1]))),
         ("q.scales", "'fp32'", lambda: k.scaling_aware_transpose(fp32)),
         ("q.scale", "quantize again", lambda: k.scaling_aware_transpose(t)),
@@ -958,28 +975,31 @@ def misuse():
         ("rows", "int32", lambda: k.scaling_aware_transpose(q, rows.int())),
         ("tiles", "2 long", lambda: k.scaling_aware_transpose(q, rows, tiles[:1])),
         ("x", "multiple of 128", lambda: k.transpose(x[:100])),
-        ("h", "gate and up", lambda: k.swiglu(h[:, :384], prob)), ("prob", "256 long", lambda: k.swiglu(h, prob[:128])),
-        ("prob", "int64", lambda: k.swiglu_backward(x, h, prob.long())), ("da", "256 long", lambda: k.swiglu_backward(x[:128], h, prob)),
+        ("h", "gate and up", lambda: k.swiglu(h[:, :384], prob)),
+        ("prob", "256 long", lambda: k.swiglu(h, prob[:128])),
+        ("prob", "int64", lambda: k.swiglu_backward(x, h, prob.long())),
+        ("da", "256 long", lambda: k.swiglu_backward(x[:128], h, prob)),
         ("da", "256 long", lambda: k.swiglu_backward_quantize(x[:, :128], h, prob)),
-        ("da", "float32", lambda: k.swiglu_backward(x.float(), h, prob)), ("tiles", "int64", lambda: k.swiglu(h, prob, tiles.long())),
-        ("rows", "int32", lambda: k.gather_rows(x, rows.int())), ("x.scale", "quantize again", lambda: k.gather_rows(t, rows)),
-        ("x", "multiple of 128", lambda: k.gather_rows(x[:, :72], rows)), ("slots", "2 axes", lambda: k.sum_rows(x, rows)),
+        ("da", "float32", lambda: k.swiglu_backward(x.float(), h, prob)),
+        ("tiles", "int64", lambda: k.swiglu(h, prob, tiles.long())),
+        ("rows", "int32", lambda: k.gather_rows(x, rows.int())),
+        ("x.scale", "quantize again", lambda: k.gather_rows(t, rows)),
+        ("x", "multiple of 128", lambda: k.gather_rows(x[:, :72], rows)),
+        ("slots", "2 axes", lambda: k.sum_rows(x, rows)),
         ("b.data", "256 long", lambda: k.grouped_gemm(q, k.quantize_weight(w[..., :128])[0], tiles, ends)),
-        ("b", "QTensor", lambda: k.grouped_gemm(q, w, tiles, ends)), ("a.scale", "quantize again", lambda: k.grouped_gemm(t, b, tiles, ends)),
+        ("b", "QTensor", lambda: k.grouped_gemm(q, w, tiles, ends)),
+        ("a.scale", "quantize again", lambda: k.grouped_gemm(t, b, tiles, ends)),
         ("tile_expert", "2 long", lambda: k.grouped_gemm(q, b, tiles[:1], ends)),
-        ("ends", "1 long", lambda: k.grouped_gemm(q, b, tiles, ends.repeat(2))), ("ends", "int64", lambda: k.grouped_gemm(q, b, tiles, ends.long())),
+        ("ends", "1 long", lambda: k.grouped_gemm(q, b, tiles, ends.repeat(2))),
+        ("ends", "int64", lambda: k.grouped_gemm(q, b, tiles, ends.long())),
         ("b.data", "256 long", lambda: k.grouped_wgrad(t, k.scaling_aware_transpose(k.quantize(x[:128])), ends)),
         ("a.scale", "quantize again", lambda: k.grouped_wgrad(t._replace(scale=t.scale[:1]), t, ends)),
         ("dtype", "float16", lambda: k.grouped_wgrad(t, t, ends, torch.float16)),
-        ("experts", "int32", lambda: fp8flow.make_plan(rows.int()[:, None], 256)),
-        ("probs", "100 long", lambda: layer_of(100)(x[:100], prob[:, None], fp8flow.make_plan(rows[:100, None] % 2, 2))),
-        ("x", "100 long", lambda: layer_of(200)(x[:200], prob[:200, None], fp8flow.make_plan(rows[:100, None] % 2, 2))),
-        ("plan.ends", "2 long", lambda: layer_of(100)(x[:100], prob[:100, None], fp8flow.make_plan(rows[:100, None] % 2, 3))),
-        ("x", "float32", lambda: layer_of(100)(x[:100].float(), prob[:100, None], fp8flow.make_plan(rows[:100, None] % 2, 2)))]
-
-
-def layer_of(T):
-    return fp8flow.Experts(2, 256, 128, fp8flow.Recipe()).to(DEVICE)
+        ("experts", "int32", lambda: fp8flow.make_plan(experts.int(), 2)),
+        ("probs", "100 long", lambda: layer(x[:100], prob[:, None], plan)),
+        ("x", "100 long", lambda: layer(x[:200], p, plan)),                             # dropped half of the tokens
+        ("x", "float32", lambda: layer(x[:100].float(), p, plan)),
+        ("plan.ends", "2 long", lambda: layer(x[:100], p, fp8flow.make_plan(experts, 3)))]
 
 
 @pytest.mark.parametrize("twin", [False, True])
@@ -1001,9 +1021,13 @@ def test_twins_refuse_wrong_indices(monkeypatch):
     q, one = kernels.quantize(x), torch.ones(1, dtype=torch.int32, device=DEVICE)
     for name, call in (("rows", lambda: kernels.gather_rows(x, torch.tensor([128], device=DEVICE))),
                        ("slots", lambda: kernels.sum_rows(x, torch.tensor([[-1]], device=DEVICE))),
+                       ("rows", lambda: kernels.scaling_aware_transpose(q, torch.full((128,), 128, device=DEVICE))),
                        ("tile_expert", lambda: kernels.grouped_gemm(q, w, one, 128 * one)),
-                       ("ends", lambda: kernels.grouped_wgrad(q, q, 256 * one))):
-        with pytest.raises(ValueError, match=f"^{name} holds values"):
+                       ("tile_expert", lambda: kernels.grouped_gemm(q, w, 0 * one, 0 * one)),
+                       ("ends", lambda: kernels.grouped_gemm(q, w, 0 * one, 64 * one)),
+                       ("ends", lambda: kernels.grouped_wgrad(q, q, 256 * one)),
+                       ("ends", lambda: kernels.grouped_wgrad(q, q, torch.tensor([128, 0], device=DEVICE).int()))):
+        with pytest.raises(ValueError, match=f"^{name} holds"):
             call()
     with pytest.raises(ValueError, match="^experts holds values"):
         fp8flow.make_plan(torch.tensor([[2]]), 2)
@@ -1024,9 +1048,11 @@ def test_train_refuses(tmp_path, capsys):
     cases = [(["--scales", "fp32"], "scales=pow2"), (["--recompute", "maybe"], "--recompute"),
              (["--d-model", "100"], "d_model=100"), (["--d-expert", "192"], "d_expert=192"),
              (["--top-k", "9", "--n-experts", "8"], "top_k=9"), (["--n-heads", "3"], "n_heads=3"),
-             (["--data", str(tmp_path / "none")], "does not exist"), (["--data", str(tmp_path / "empty.txt")], "no text"),
+             (["--data", str(tmp_path / "none")], "does not exist"),
+             (["--data", str(tmp_path / "empty.txt")], "no text"),
              (["--data", str(tmp_path / "short.txt")], "too short"), (["--data", str(tmp_path / "folder")], "no text"),
-             (["--recipe", "bf16", "--swiglu", "unfused"], "swiglu=unfused"), (["--compare", "--scales", "pow2"], "--scales"),
+             (["--recipe", "bf16", "--swiglu", "unfused"], "swiglu=unfused"),
+             (["--compare", "--scales", "pow2"], "--scales"),
              (["--steps", "0"], "steps=0"), (["--lr", "0"], "lr=0"), (["--compare", "fp4"], "fp4")]
     if not CUDA:
         cases.append((["--device", "cuda"], "--device cuda"))
@@ -1049,7 +1075,7 @@ def read_log(path):
 
 
 def test_training(tmp_path):
-    """30 steps of every recipe on the tiny preset: the loss falls, the recipes agree, a second run repeats the first."""
+    """30 steps of every recipe on the tiny preset: the loss falls, the recipes agree, a second run repeats."""
     small = ("--preset", "tiny", "--steps", "30", "--deterministic")
     done = train("--compare", *small, out=tmp_path / "a")
     assert done.returncode == 0, done.stderr
@@ -1060,9 +1086,9 @@ def test_training(tmp_path):
         log = read_log(tmp_path / "a" / row["recipe"] / "log.csv")
         losses = [float(r["loss"]) for r in log]
         assert len(log) == 30 and losses[0] > 5 and losses[-1] < 3.6                # ln 256 = 5.5 at the start
-        assert abs(float(row["delta_pct"])) < 0.5                                   # 0.04% at the most over three seeds on a CPU
+        assert abs(float(row["delta_pct"])) < 0.5                                   # on a CPU 0.04%, three seeds
         assert abs(sum(float(log[-1][f"load_{e}"]) for e in range(4)) - 1) < 1e-3
-        assert (tmp_path / "a" / row["recipe"] / "model.pt").exists() and (tmp_path / "a" / row["recipe"] / "sample.txt").exists()
+        assert all((tmp_path / "a" / row["recipe"] / name).exists() for name in ("model.pt", "sample.txt"))
     assert train("--recipe", "flow", *small, out=tmp_path / "b").returncode == 0
     first, second = ([r["loss"] for r in read_log(tmp_path / run / "flow" / "log.csv")] for run in "ab")
     assert first == second
@@ -1071,8 +1097,8 @@ def test_training(tmp_path):
 def test_training_on_own_text(tmp_path):
     """A file as --data, accumulation, a flipped switch, and a checkpoint that loads."""
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 400)
-    done = train("--preset", "tiny", "--recipe", "flow", "--swiglu", "unfused", "--data", str(tmp_path / "text.txt"), "--steps", "12",
-                 "--batch", "2", "--accumulate", "2", "--recompute", "on", out=tmp_path / "out")
+    done = train("--preset", "tiny", "--recipe", "flow", "--swiglu", "unfused", "--data", str(tmp_path / "text.txt"),
+                 "--steps", "12", "--batch", "2", "--accumulate", "2", "--recompute", "on", out=tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "4 explicit casts a layer" in done.stdout and "last tenth" in done.stdout
     saved = torch.load(tmp_path / "out" / "flow" / "model.pt", weights_only=True, map_location="cpu")

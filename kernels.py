@@ -1092,7 +1092,7 @@ def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor) -> T
         _check_ends(ends, len(a.data))
         expert = torch.searchsorted(ends // BLOCK, torch.arange(len(tile_expert)).to(ends), right=True)
         if not torch.equal(tile_expert, torch.where(expert < len(ends), expert, -1).int()):
-            raise ValueError(f"tile_expert holds {tile_expert.tolist()}: ends ask for {expert.tolist()}, -1 for {len(ends)}")
+            raise ValueError(f"tile_expert holds {tile_expert.tolist()}: ends say {expert.tolist()}, past them -1")
         return grouped_gemm_ref(a, b, tile_expert)
     out = a.scale.new_empty(len(a.data), b.data.shape[1], dtype=torch.bfloat16)
     return _launch_gemm(a, b, out, tile_expert, ends)

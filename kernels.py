@@ -1145,10 +1145,11 @@ class Bench:
         print(f"ceilings: copy {self.ceiling['GB/s']:.0f} GB/s; 8192^3 in FP8 {self.ceiling['TFLOPS']:.0f} TFLOPS, "
               f"in bf16 {2 * 8192 ** 3 / bf16 / 1e6:.0f} TFLOPS")
 
-    def us(self, *functions, rounds: int = 30) -> list[float]:
+    def us(self, *functions, rounds: int = 100) -> list[float]:
         """Median us of each function, all launches queued, L2 flushed before each launch.
 
-        The functions take turns, so that all of them see the same clock: matrix products draw all the power there is.
+        The functions take turns, so that all of them see the same clock, and for long enough that the chip reaches its
+        power limit: in a short burst the clock is higher, and what waits for memory looks slower beside it.
         """
         marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2 * len(functions))] for _ in range(rounds + 3)]
         for events in marks:                                                                # three rounds to warm up

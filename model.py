@@ -6,6 +6,7 @@ every recipe; only `Experts` changes.
 Shapes: B sequences, S positions, D model width, T = B*S tokens, E experts, k experts per token.
 """
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +34,11 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive multiple of 128, the FP8 block")
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k={self.top_k} must lie between 1 and n_experts={self.n_experts}")
-        if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
         for name in ("n_layers", "n_heads", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model} into heads of even width")
 
 
 class Linear(nn.Linear):
@@ -54,6 +55,20 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+@lru_cache
+def rotation(S: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, width/2] of the angles by which position s turns the pairs of a head: s * 10000^(-2i/width)."""
+    angles = torch.arange(S, device=device)[:, None] * 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    return angles.cos(), angles.sin()
+
+
+def rotary(x: Tensor) -> Tensor:
+    """x [B, h, S, d]: element i and d/2 + i are turned by the position's angle, so that q @ k sees distances alone."""
+    cos, sin = (t.to(x.dtype) for t in rotation(x.shape[2], x.shape[3], x.device))
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -63,6 +78,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
+        q, k = (rotary(F.rms_norm(t, t.shape[-1:])) for t in (q, k))       # normalised: no logit can run away
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
@@ -84,7 +100,9 @@ class MoE(nn.Module):
         probs, chosen = scores.topk(self.top_k, dim=-1)                     # [T, k]
         plan = make_plan(chosen, self.n_experts)
         self.load = plan.counts / chosen.numel()
-        y = self.experts(tokens, probs / probs.sum(-1, keepdim=True), plan)
+        if self.top_k > 1:                                                  # with one choice it would always be 1,
+            probs = probs / probs.sum(-1, keepdim=True)                     # and the router would learn nothing
+        y = self.experts(tokens, probs, plan)
         return y.view_as(x), self.n_experts * (self.load * scores.mean(0)).sum()
 
 
@@ -105,7 +123,6 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.d_model)
-        self.position = nn.Parameter(torch.zeros(config.seq_len, config.d_model))
         self.blocks = nn.ModuleList(Block(config, recipe) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, eps=1e-6)
         self.head = Linear(config.d_model, config.vocab, bias=False)
@@ -116,7 +133,6 @@ class GPT(nn.Module):
             for weight in (block.attention.out.weight, block.moe.experts.w2):
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** 0.5)
             nn.init.normal_(block.moe.experts.w1, std=0.02)
-        nn.init.normal_(self.position, std=0.02)
 
     @property
     def moes(self) -> list[MoE]:
@@ -125,7 +141,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None):
         """tokens [B, S] int64 -> logits [B, S, vocab] bf16; with targets, the mean cross-entropy in nats and the mean
         load-balancing loss over the layers (both fp32)."""
-        x, balances = (self.embed(tokens) + self.position[:tokens.shape[1]]).bfloat16(), []
+        x, balances = self.embed(tokens).bfloat16(), []
         for block in self.blocks:
             x, balance = block(x)
             balances.append(balance)
@@ -143,7 +159,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, prompt: bytes, n: int, seed: int = 0, temperature: float = 0.8) -> bytes:
         """Continue `prompt` by n sampled bytes. Runs the whole window each step: simple, and short enough here."""
-        device = self.position.device
+        device = self.embed.weight.device
         rng = torch.Generator().manual_seed(seed)
         text = list(prompt)
         for _ in range(n):

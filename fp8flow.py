@@ -6,10 +6,11 @@ them, chosen so that the largest of the 128 just fits. A matrix product sums alo
     y[m, n] = sum over k of x[m, k] w[n, k] = sum over blocks of s_x s_w (sum over k in the block of codes),
 
 and a scale can leave the inner sum, which the tensor core computes, only if it is constant over it. So the blocks lie
-along the axis that is summed over. Forward, a tensor is summed along its rows; the weight gradient sums over tokens,
-along its columns. The same tensor is needed twice, with scales along the one axis and along the other.
+along the axis that is summed over. Outputs (fprop) and input gradients (dgrad) sum along a tensor's rows; weight
+gradients (wgrad) sum over tokens, along its columns. The same tensor is needed twice, with scales along either axis.
 
-An expert layer is two grouped linears around SwiGLU. In one forward and backward, four tensors enter GEMMs, each twice:
+An expert layer is two grouped linears, fc1 and fc2, around SwiGLU: H = X W1^T, A = SwiGLU(H) * prob, Y = A W2^T. In one
+forward and backward, four tensors enter GEMMs, each twice:
 
     tensor           made by                                   row-wise      column-wise
     X   [M, D]       layer input, sent to the experts          fc1 fprop     fc1 wgrad
@@ -20,8 +21,9 @@ An expert layer is two grouped linears around SwiGLU. In one forward and backwar
 The naive dataflow casts each of the four three times: quantize row-wise (Q), dequantize (DQ), quantize column-wise
 (Q'). That is 12 explicit casts, launches whose only job is to change the precision of an activation. And it rounds
 twice: 1.1 at scale 1 becomes the code 1.125; at another scale, 0.7, that is 1.607, whose nearest code 1.625 stands for
-1.1375. At scale 0.5 it is 2.25, a code, and stays 1.125: scales that are powers of two move exponents and round nothing
-(unless a number falls below the smallest code). That leaves one dataflow with switches:
+1.1375. At scale 0.5 it is 2.25, a code, and stays 1.125: scales that are powers of two move exponents, which is exact
+while codes stay normal, 2^-6 or more. (The direct transpose shares one scale in a 128x128 tile: rows far smaller than
+the largest round to subnormal codes or vanish.) That leaves one dataflow with switches:
 
     switch      naive      flow      what flow removes
     transpose   requant    direct    DQ and Q' of all four tensors: -8 casts (the transpose only shifts exponents)
@@ -45,11 +47,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, pad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import kernels
-from kernels import BLOCK, FLOATS, QTensor, check, check_choice, named, recorded
+from kernels import ANY, BLOCK, BLOCKS, FLOATS, QTensor, check, check_choice, named, recorded
 
 CHOICES = {"transpose": ("direct", "requant"), "swiglu": ("fused", "unfused"), "permute": ("fused", "unfused"),
            "scales": ("pow2", "fp32"), "recompute": ("off", "on")}
@@ -79,12 +82,12 @@ class Recipe:
     def __post_init__(self):
         for name, choices in {"precision": ("fp8", "bf16"), **CHOICES}.items():
             check_choice(name, getattr(self, name), choices)
-        if self.transpose == "direct" and self.scales == "fp32":
-            raise ValueError("transpose=direct needs scales=pow2: it shifts exponents, and the ratio of two fp32 "
-                             "scales is no power of two; use scales=pow2 or transpose=requant")
         for name in ("transpose", "swiglu", "permute", "scales"):
             if self.precision == "bf16" and getattr(self, name) != CHOICES[name][0]:
                 raise ValueError(f"{name}={getattr(self, name)} is a switch of FP8: not for bf16, use naive or flow")
+        if self.transpose == "direct" and self.scales == "fp32":
+            raise ValueError("transpose=direct needs scales=pow2: it shifts exponents, and the ratio of two fp32 "
+                             "scales is no power of two; use scales=pow2 or transpose=requant")
 
 
 RECIPES = {"bf16": Recipe(precision="bf16"),
@@ -144,8 +147,8 @@ class Plan(NamedTuple):
 def make_plan(experts: Tensor, n_experts: int, block: int = BLOCK) -> Plan:
     """experts [T, k] int64, the chosen experts of each token, each in 0..E-1 -> Plan. No sync, no atomics.
 
-    Each expert's rows start at a multiple of 128 and are padded to one. M = round_up(T*k + E*127, 128) is the most that
-    can ever be needed, whatever the router does. Three tokens that choose experts 1, 0, 1 of two, in blocks of 4
+    Each expert's slots start at a multiple of 128 and are padded to one. M = round_up(T*k + E*127, 128) is enough,
+    whatever the router does. Three tokens that choose experts 1, 0, 1 of two, in blocks of 4
     (M = round_up(3 + 2*3, 4) = 12):
 
         sorted by expert   expert 0: token 1 | expert 1: tokens 0, 2
@@ -270,7 +273,7 @@ class FP8Experts(torch.autograd.Function):
     their gradients (in their dtype): what is multiplied is `operands`, (W1, W1^T), (W2, W2^T) in FP8, cast once per
     optimizer step. -> [T, D] bf16. `named` tells a trace for which tensor a line works.
     A name is one of the tensors in its latest form (dy: bf16, then FP8, then permuted, then column-wise); the form
-    before is freed, unless `keep` has it.
+    in FP8 before is freed, unless `keep` has it.
     """
 
     @staticmethod
@@ -289,6 +292,7 @@ class FP8Experts(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     @kernels.direction("backward")
     def backward(ctx, dy):
         plan, recipe, dtype = ctx.plan, ctx.recipe, ctx.dtype
@@ -297,6 +301,7 @@ class FP8Experts(torch.autograd.Function):
         dy = named("dY", permute(dy, plan, recipe))
         da = named("dA", kernels.grouped_gemm(dy, w2_t, plan.tile_expert, plan.ends))
         dh, dprob, a = named("dH", swiglu_backward(da, h, prob, a, plan, recipe))   # naive 4              Q(dH)
+        del da
         dx = named("dX", kernels.grouped_gemm(dh, w1_t, plan.tile_expert, plan.ends))
         dx = named("dX", unpermute(dx, plan, recipe))
         dy = named("dY", column_wise(dy, plan, recipe))                             # naive 5 6            DQ(dY) Q'(dY)
@@ -329,7 +334,10 @@ def kept_bf16(ctx) -> list:
 
 
 class BF16Experts(torch.autograd.Function):
-    """The baseline: the same plan, permute and SwiGLU kernels, torch's grouped GEMM; operands are W1 and W2 in bf16."""
+    """The baseline: the same plan, permute and SwiGLU kernels, torch's grouped GEMM; operands are W1 and W2 in bf16.
+
+    torch's GEMM writes weight gradients in bf16, which autograd widens for fp32 masters; the FP8 one writes fp32.
+    """
 
     @staticmethod
     @kernels.direction("forward")
@@ -346,6 +354,7 @@ class BF16Experts(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     @kernels.direction("backward")
     def backward(ctx, dy):
         plan, recipe = ctx.plan, ctx.recipe
@@ -371,12 +380,11 @@ def cast_weights(w1: Tensor, w2: Tensor, recipe: Recipe) -> tuple:
             named("W2", kernels.quantize_weight(w2.detach(), recipe.scales)))
 
 
-_optimizer_steps = 0
+_optimizer_steps = [0]
 
 
 def _count_optimizer_step(*_) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
+    _optimizer_steps[0] += 1
 
 
 register_optimizer_step_post_hook(_count_optimizer_step)     # of every optimizer: fused AdamW leaves `_version` alone
@@ -386,30 +394,32 @@ class Experts(nn.Module):
     """E SwiGLU experts with fp32 master weights: w1 [E, 2F, D] (gate, then up), w2 [E, D, F].
 
     The weights are cast at the first forward and again at the first one after an optimizer step, a write, a load or a
-    move: once per step, for all its micro-batches. Only a write through `.data` goes unseen: `cast_weights()` helps.
+    move: once per step, for all its micro-batches. A write that bumps no version (through `.data` or numpy, or by a
+    functional fused optimizer) goes unseen: call `cast_weights()` then.
     Raises ValueError unless d_model and d_expert are multiples of 128.
     """
 
     def __init__(self, n_experts: int, d_model: int, d_expert: int, recipe: Recipe):
         super().__init__()
-        for name, width in (("d_model", d_model), ("d_expert", d_expert)):
-            if width % BLOCK or width <= 0:
-                raise ValueError(f"{name}={width} is no positive multiple of {BLOCK}, the FP8 block: round it up")
         self.recipe = recipe
         self.w1 = nn.Parameter(torch.randn(n_experts, 2 * d_expert, d_model) * d_model ** -0.5)
         self.w2 = nn.Parameter(torch.randn(n_experts, d_model, d_expert) * d_expert ** -0.5)
+        check("w2, [n_experts, d_model, d_expert],", self.w2, FLOATS, ANY, BLOCKS, BLOCKS)
         self.operands = self.operands_of = None
 
     def _weights_as_they_are(self) -> tuple:
-        return _optimizer_steps, *((w._version, w.data_ptr(), w.device, w.dtype) for w in (self.w1, self.w2))
+        return _optimizer_steps[0], *((w._version, w.data_ptr(), w.device, w.dtype) for w in (self.w1, self.w2))
 
     def cast_weights(self) -> None:
-        self.operands = cast_weights(self.w1, self.w2, self.recipe)
+        with torch.inference_mode(False), torch.no_grad():          # what is cast in evaluation serves training too
+            self.operands = cast_weights(self.w1, self.w2, self.recipe)
         self.operands_of = self._weights_as_they_are()
+        self.cast_from = self.w1.detach(), self.w2.detach()         # alive, so that no others can get their addresses
 
     def forward(self, x: Tensor, probs: Tensor, plan: Plan) -> Tensor:
         """x [T, D] bf16, probs [T, k] fp32, the plan of the T tokens' experts -> [T, D] bf16. Raises ValueError."""
         T, k = plan.slot.shape
+        check("w1", self.w1, (torch.float32, torch.bfloat16), ANY, BLOCKS, BLOCKS)
         check("x", x, (torch.bfloat16,), T, self.w1.shape[2], like=self.w1)
         check("probs", probs, (torch.float32,), T, k, like=self.w1)
         check("plan.ends", plan.ends, (torch.int32,), len(self.w1), like=self.w1)
@@ -450,16 +460,11 @@ class Layer:
 
 def print_ledger(device) -> None:
     print("\nExplicit casts in one forward and backward of the layer (weights apart, once per optimizer step)")
-    specs = list(RECIPES) + [f"{name},{key}={value}" for name in ("naive", "flow") for key, choices in CHOICES.items()
-                             for value in choices if value != getattr(RECIPES[name], key)]
-    for spec in specs:
-        try:
-            recipe = parse_spec(spec)
-        except ValueError as error:
-            print(f"  {spec:26}  -  refused: {str(error).split(':')[0]}")
-            continue
+    flipped = [f"{name},{key}={value}" for name in ("naive", "flow") for key, choices in CHOICES.items()
+               for value in choices if value != getattr(RECIPES[name], key)]
+    for spec in (*RECIPES, *(spec for spec in flipped if spec not in ("naive,transpose=direct", "flow,scales=fp32"))):
         with count_casts() as casts:
-            Layer(recipe, *random_layer(64, 128, 128, 4, 2, device)).step()
+            Layer(parse_spec(spec), *random_layer(64, 128, 128, 4, 2, device)).step()
         print(f"  {spec:26} {len(casts):2}  " + " ".join(f"{launch.cast}({launch.tensor})" for launch in casts))
 
 

@@ -759,6 +759,30 @@ def test_changed_weights_are_cast_again(tmp_path):
     module.to(torch.bfloat16).to(torch.float32)
     fresh()
     assert casts[-1] == 1
+    norms = set()
+    for i in range(1, 5):                                               # weights that live for one call, at one address
+        weights = dict(w1=module.w1 * i, w2=module.w2 * 1)
+        norms.add(torch.func.functional_call(module, weights, (x, probs, plan)).norm().item())
+        del weights
+    assert len(norms) == 4
+
+
+def test_evaluation_serves_training():
+    experts, probs, x, dy, w1, w2 = layer_inputs(20, 128, 128, 2, 1)
+    module, plan = build_layer(fp8flow.RECIPES["flow"], w1, w2), fp8flow.make_plan(experts, 2)
+    with torch.inference_mode():
+        module(x, probs, plan)
+    module(x, probs, plan).backward(dy)
+    assert module.w1.grad.isfinite().all() and module.w1.grad.any()
+
+
+def test_no_second_derivative():
+    experts, probs, x, dy, w1, w2 = layer_inputs(20, 128, 128, 2, 1)
+    module = build_layer(fp8flow.RECIPES["bf16"], w1, w2)
+    y = module(x.requires_grad_(), probs, fp8flow.make_plan(experts, 2))
+    dx, = torch.autograd.grad(y, x, dy.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -886,7 +910,6 @@ def test_what_the_commands_explain(capsys, monkeypatch):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     counts = {line[0]: line[1] for line in lines if line and line[0] in fp8flow.RECIPES and line[1].isdigit()}
     assert counts == {"bf16": "0", "naive": "12", "flow": "2"}
-    assert sum("refused:" in line for line in lines) == 2
     gaussian = next(line for line in lines if line and line[0] == "Gaussian")
     fp32_once, fp32_twice, pow2_once, pow2_twice, direct = (float(v) for v in gaussian if v[-1].isdigit())
     assert fp32_once - fp32_twice > 2 and pow2_once - pow2_twice < 0.1 and pow2_once - direct < 0.1
@@ -1135,8 +1158,10 @@ SMALL = "--preset tiny --device cpu --batch 1 --seq-len 32 --val-batches 1 --ste
 
 @pytest.fixture
 def here(files, monkeypatch):
-    """train(args) -> exit code: small runs in this process, on the twins, on a text of their own."""
+    """train(args) -> exit code: small runs in this process, on the twins, on a text of their own, a short sample."""
     monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
+    generate = model.GPT.generate
+    monkeypatch.setattr(model.GPT, "generate", lambda self, prompt, n, seed: generate(self, prompt, 4, seed))
     return lambda *args: train_py.main([*SMALL, "--data", str(files / "text"), *map(str, args)])
 
 

@@ -13,13 +13,16 @@ Default data: the Python source of the installed torch package, bytes as tokens.
 SPEC/run.json, and compare.csv and loss.png beside them; with --seeds SPEC lies in seed-N/.
 """
 import argparse
+import contextlib
 import csv
 import fcntl
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -107,8 +110,7 @@ def read_corpus(path: str | None) -> tuple[list[bytes], str]:
             text = name.read_bytes()
         except OSError as error:
             refuse(error)
-        if text and (root.is_file() or b"\0" not in text):      # a folder's binary files are no text
-            texts.append(text)
+        texts += [text] if text and (root.is_file() or b"\0" not in text) else []    # binary files are no text
     if not texts:
         raise ValueError(f"--data {str(root)!r} holds no text: name a text file or a folder of them")
     return texts, what
@@ -187,8 +189,8 @@ def write_safely(path: Path, write) -> None:
 
 
 def differing(a: dict, b: dict) -> str:
-    return ", ".join(f"{key} ({a.get(key)!r} there, {b.get(key)!r} now)" for key in sorted({*a, *b})
-                     if a.get(key) != b.get(key))
+    keys = sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
+    return ", ".join(f"{key} ({a.get(key)!r} there, {b.get(key)!r} now)" for key in keys)
 
 
 def check_folder(run: Run, resume: bool) -> None:
@@ -295,10 +297,9 @@ def probe(model: GPT, micro_batch, step: int, path: Path) -> None:
     rows = [dict(step=step, layer=layer, tensor=name, **look_at(t, inputs[2]))
             for layer, (experts, *inputs) in enumerate(reversed(seen))      # backward comes to the last layer first
             for name, t in four_tensors(experts, *inputs).items()]
-    new = not path.exists()
+    header = [] if path.exists() else [list(rows[0])]
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writerows(([dict(zip(rows[0], rows[0]))] if new else []) + rows)
+        csv.writer(file).writerows(header + [list(row.values()) for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,23 +323,23 @@ class Stop:
             signal.signal(number, handler)
 
 
-class Stopped(Exception):       # the run was asked to stop and can go on from its checkpoint
-    pass
+class Stopped(Exception):
+    """The run was asked to stop and can go on from its checkpoint."""
 
 
-class NotFinite(Exception):     # a loss or gradient norm was NaN or Inf
-    pass
+class NotFinite(Exception):
+    """A loss or gradient norm was NaN or Inf."""
 
 
-class Damaged(ValueError):      # a file of weights cannot be read
-    pass
+class Damaged(ValueError):
+    """A file of weights cannot be read."""
 
 
 class Clock:
     """Seconds spent training (`stop`: since `start`), not validating or saving; queued GPU work counts."""
 
     def __init__(self, device: str):
-        self.device, self.seconds, self.started = device, 0.0, None
+        self.device, self.seconds = device, 0.0
 
     def start(self) -> None:
         self.sync()
@@ -367,14 +368,14 @@ def describe(model: GPT, preset: Preset, run: Run, casts: list) -> None:
     print("  " + ", ".join(f"{k}={v}" for k, v in asdict(parse_spec(run.spec)).items()))
     print(f"  {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token, {flops / 1e6:.0f} MFLOP a token, "
           f"{preset.tokens_per_step} tokens a step")
-    names = dict.fromkeys(f"{launch.cast}({launch.tensor})" for launch in casts)
-    print(f"  {len(casts) // preset.n_layers} explicit casts a layer: {', '.join(names) or 'none'}")
+    names = ", ".join(dict.fromkeys(f"{launch.cast}({launch.tensor})" for launch in casts))
+    print(f"  {len(casts) // preset.n_layers} explicit casts a layer: {names or 'none'}")
 
 
 def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args) -> dict:
     """Train one model, from its checkpoint if there is one; write its log, weights and sample; return its table row.
 
-    Raises Stopped when asked to stop, and NotFinite.
+    Raises Stopped when asked to stop, NotFinite, Damaged.
     """
     print(f"\n{run.spec}, seed {run.seed}")
     torch.manual_seed(run.seed)
@@ -450,11 +451,12 @@ def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args) 
                 raise Stopped(f"{stop.asked} after step {done} of {preset.steps} of {run.spec}, seed {run.seed}")
             clock.start()
     log.file.close()
-    timed = (preset.steps - timed_from) * preset.tokens_per_step
     row = dict(recipe=run.spec, casts=len(casts) // preset.n_layers, val_loss=val_loss, seed=run.seed,
-               tokens_per_s=timed / (clock.seconds - warm_seconds),
+               tokens_per_s=(preset.steps - timed_from) * preset.tokens_per_step / (clock.seconds - warm_seconds),
                peak_mem_gb=torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else math.nan)
     finish(run, model, row, args)
+    if stop.asked:
+        raise Stopped(f"{stop.asked} when {run.spec}, seed {run.seed} was done")
     return row
 
 
@@ -465,13 +467,12 @@ def finish(run: Run, model: GPT, row: dict, args) -> None:
         write_safely(run.folder / "model.pt", lambda path: torch.save(weights, path))
     run.write(row)
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)
-    sample = model.generate(b"def ", 200, run.seed).decode("utf-8", "replace")
-    (run.folder / "sample.txt").write_text(sample, encoding="utf-8")
+    (run.folder / "sample.txt").write_bytes(model.generate(b"def ", 200, run.seed))
     print(f"  val loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s; written to {run.folder}")
 
 
 def load_checkpoint(path: Path, device: str) -> dict:
-    """Raises Damaged: torch.save writes a zip file, whose directory stands at the end of it."""
+    """Raises Damaged: torch.save writes a zip file, whose directory stands at the end."""
     if not zipfile.is_zipfile(path):
         raise Damaged(f"{str(path)!r} is damaged: delete it to start over")
     return torch.load(path, map_location=device, weights_only=True)
@@ -498,11 +499,10 @@ def table(rows: list[dict]) -> list[list[str]]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half of its 95% interval) by Student's t."""
-    if len(values) < 2:
-        return statistics.mean(values), math.nan
-    t = T_975[min(len(values) - 1, len(T_975)) - 1]
-    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
+    """(mean, half of its 95% interval) by Student's t; the half is nan for one value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    t = T_975[min(max(len(values) - 2, 0), len(T_975) - 1)]
+    return statistics.mean(values), t * deviation / len(values) ** 0.5
 
 
 def summary(rows: list[dict]) -> list[str]:
@@ -543,8 +543,8 @@ def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tenso
             csv.writer(file).writerows([HEADER + ["seed"] * args.many, *(
                 cells + [row["seed"]] * args.many for row, cells in zip(rows, table(rows)))])
     lines = [f"{cells[0]:>36}" + "".join(f"{cell:>14}" for cell in cells[1:]) for cells in [HEADER, *table(rows)]]
-    print("", *lines, "", *(summary(rows) if args.many else [
-        "  One seed: differences of this size are chaos, not evidence; --seeds gives intervals."]), sep="\n")
+    chaos = ["  One seed: differences of this size are chaos, not evidence; --seeds gives intervals."]
+    print("", *lines, "", *(summary(rows) if args.many else chaos), sep="\n")
     if args.ablate:
         print("  The order of the rungs decides which of them gets the credit for what two do together.")
     draw_losses([run for run in runs if (run.folder / "log.csv").exists()], args.out)
@@ -707,13 +707,10 @@ def out_of(args) -> Path | None:
 
 def next_free(parent: Path) -> Path:
     """parent/1, parent/2, ...: the first that is not there, made."""
-    number = 1
-    while True:
-        try:
-            (parent / str(number)).mkdir(parents=True)
-            return parent / str(number)
-        except FileExistsError:
-            number += 1
+    for folder in (parent / str(number) for number in itertools.count(1)):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
 
 
 def lock(out: Path):
@@ -746,7 +743,7 @@ def sample(args) -> None:
     model = GPT(GPTConfig(**saved["model_config"]), parse_spec(saved["spec"])).to(device)
     model.load_state_dict(saved["model"])
     text = model.generate(args.prompt.encode(), 400, args.seed or 0).decode("utf-8", "replace")
-    sys.stdout.buffer.write(text.encode() + b"\n")
+    sys.stdout.buffer.write(text.encode() + b"\n")             # whatever the locale
 
 
 def main(argv=None) -> int:
@@ -772,8 +769,8 @@ def main(argv=None) -> int:
             check_folder(run, args.resume)
     except ValueError as error:
         args.parser.error(str(error))
-    kind = "Triton kernels" if kernels.use_kernels(torch.empty(0, device=args.device)) else "PyTorch twins, slowly"
-    print(f"torch {torch.__version__}, triton {triton.__version__}, {machine}: {kind}; writing to {args.out}")
+    twins = "" if kernels.use_kernels(torch.empty(0, device=args.device)) else " (PyTorch twins, slowly)"
+    print(f"torch {torch.__version__}, triton {triton.__version__}, {machine}{twins}; writing to {args.out}")
     print(f"preset {name}: " + ", ".join(f"{k}={v}" for k, v in asdict(preset).items()))
     print(f"data: {what}, {sum(map(len, texts)):,} bytes, sha256 {digest}, {how}")
     pairs, triples = (table_loss(train_text, val_text, order) for order in (1, 2))
@@ -787,9 +784,12 @@ def main(argv=None) -> int:
     except Damaged as error:
         args.parser.error(str(error))
     except Stopped as stopped:
-        again = " ".join(arg for arg in (argv or sys.argv[1:]) if arg not in ("--resume", "--overwrite"))
-        again += "" if "--out" in again else f" --out {args.out}"
-        print(f"train.py: stopped by {stopped}; go on with: python train.py {again} --resume", file=sys.stderr)
+        again = [arg for arg in argv or sys.argv[1:] if arg not in ("--resume", "--overwrite")] + ["--resume"]
+        again += [] if out else ["--out", str(args.out)]
+        print(f"train.py: stopped by {stopped}; go on with: python train.py {shlex.join(again)}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("train.py: stopped at once; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     finally:
         held.close()

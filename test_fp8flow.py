@@ -5,6 +5,7 @@ import torch
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
+    torch.set_num_threads(1)                                # tiny operations: threads would wait for each other
     os.environ["TRITON_INTERPRET"] = "1"                    # before the kernels are imported: @triton.jit reads it
 
 import copy

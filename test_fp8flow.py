@@ -961,7 +961,7 @@ def test_specs():
     assert fp8flow.parse_spec("flow") == fp8flow.Recipe()
     assert fp8flow.parse_spec("flow,swiglu=unfused,recompute=on") == fp8flow.Recipe(swiglu="unfused", recompute="on")
     for spec, says in (("flaw", "'flaw'"), ("flow,fast=yes", "'fast'"), ("flow,swiglu=half", "'half'"), ("", "''"),
-                       ("flow,swiglu", "''"), ("flow,scales=fp32", "scales=pow2"), ("bf16,scales=fp32", "scales=pow2"),
+                       ("flow,swiglu", "''"), ("flow,scales=fp32", "scales=pow2"), ("bf16,scales=fp32", "switch of FP8"),
                        ("flow,swiglu=fused,swiglu=unfused", "twice")):
         with pytest.raises(ValueError, match=says):
             fp8flow.parse_spec(spec)
@@ -1223,7 +1223,11 @@ def test_runs_are_reused_refused_or_cleared(here, files, monkeypatch, capsys):
         here("--recipe", "bf16", "--out", "x")
     assert "another process" in capsys.readouterr().err.splitlines()[-1]
     held.close()
+    (files / "here/x/seed-0/wandb").mkdir(parents=True)
+    for foreign in ("mine.txt", "seed-0/wandb/run.json"):
+        (files / "here/x" / foreign).write_text("{}")
     assert here("--recipe", "naive", "--out", "x", "--overwrite") == 0
+    assert (files / "here/x/mine.txt").exists() and (files / "here/x/seed-0/wandb/run.json").exists()
     assert not (files / "here/x/flow").exists() and (files / "here/x/naive/model.pt").exists()
     assert here() == 0 and here() == 0 and (files / "here/out/2/flow/log.csv").exists()       # the next free folder
 

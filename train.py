@@ -103,7 +103,8 @@ def read_corpus(path: str | None) -> tuple[list[bytes], str]:
         raise ValueError(f"--data: cannot read {error.filename!r} ({error.strerror}); name files you may read")
     names = [root] if root.is_file() else sorted(
         Path(folder, name) for folder, _, names in os.walk(root, onerror=refuse) for name in names
-        if wanted(name) and "__pycache__" not in folder)
+        if wanted(name) and os.path.isfile(os.path.join(folder, name))              # no pipes, no dangling links
+        and not any(part.startswith((".", "__pycache__")) for part in Path(folder).relative_to(root).parts))
     texts = []
     for name in names:
         try:
@@ -170,15 +171,20 @@ class Run:
     config: dict
 
     def read(self) -> dict | None:
-        """run.json: {"config", "row" where it has finished}, or None."""
-        try:
-            return json.loads((self.folder / "run.json").read_text())
-        except FileNotFoundError:
-            return None
+        """run.json: {"config", "row" (None until it has finished)}, or None where there is none of ours."""
+        return read_run(self.folder / "run.json")
 
     def write(self, row: dict | None) -> None:
         text = json.dumps({"config": self.config, "row": row})
         write_safely(self.folder / "run.json", lambda path: path.write_text(text))
+
+
+def read_run(path: Path) -> dict | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.keys() == {"config", "row"} else None
 
 
 def write_safely(path: Path, write) -> None:
@@ -193,12 +199,12 @@ def differing(a: dict, b: dict) -> str:
     return ", ".join(f"{key} ({a.get(key)!r} there, {b.get(key)!r} now)" for key in keys)
 
 
-def check_folder(run: Run, resume: bool) -> None:
+def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
     """Raises ValueError where what lies in the run's folder is neither this run nor may be continued as it."""
     found = run.read()
-    if found is None:
-        if run.folder.exists() and any(run.folder.iterdir()):
-            raise ValueError(f"--out: {str(run.folder)!r} holds files of something else: name another --out")
+    if found is None and run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+        raise ValueError(f"--out: {str(run.folder)!r} holds files of something else: name another --out")
+    if found is None or overwrite:
         return
     edited = {key: value for key, value in run.config.items() if resume and key == "source"}
     different = differing(found["config"] | edited, run.config)
@@ -230,6 +236,7 @@ class Log:
         self.writer = csv.DictWriter(self.file, names)
         self.writer.writeheader()
         self.writer.writerows(rows)
+        self.file.flush()
 
     def add(self, step: int, losses: Tensor, norm: Tensor, model: GPT) -> None:
         load = torch.stack([moe.load for moe in model.moes]).mean(0)            # each expert's share, mean over layers
@@ -310,7 +317,8 @@ class Stop:
     asked: str | None = None
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.hear) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        self.before = {s: signal.signal(s, self.hear) for s in heard}               # nohup ignores SIGHUP
         return self
 
     def hear(self, number, frame):
@@ -500,7 +508,7 @@ def table(rows: list[dict]) -> list[list[str]]:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """(mean, half of its 95% interval) by Student's t; the half is nan for one value."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    deviation = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
     t = T_975[min(max(len(values) - 2, 0), len(T_975) - 1)]
     return statistics.mean(values), t * deviation / len(values) ** 0.5
 
@@ -539,9 +547,10 @@ def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tenso
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()
-        with open(args.out / "compare.csv", "w", newline="") as file:   # after each run: what is done is on disk
-            csv.writer(file).writerows([HEADER + ["seed"] * args.many, *(
-                cells + [row["seed"]] * args.many for row, cells in zip(rows, table(rows)))])
+        lines = [HEADER + ["seed"] * args.many]                         # after each run: what is done is on disk
+        lines += [cells + [str(row["seed"])] * args.many for row, cells in zip(rows, table(rows))]
+        text = "".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) + "\r\n" for line in lines)
+        write_safely(args.out / "compare.csv", lambda path: path.write_text(text, newline=""))
     lines = [f"{cells[0]:>36}" + "".join(f"{cell:>14}" for cell in cells[1:]) for cells in [HEADER, *table(rows)]]
     chaos = ["  One seed: differences of this size are chaos, not evidence; --seeds gives intervals."]
     print("", *lines, "", *(summary(rows) if args.many else chaos), sep="\n")
@@ -690,19 +699,17 @@ def preset_of(args) -> tuple[str, Preset]:
 
 def out_of(args) -> Path | None:
     """--out as a folder that can be written, None for the next free one. Raises ValueError."""
-    if args.out is None:
-        if args.resume or args.overwrite:
-            raise ValueError(f"--{'resume' if args.resume else 'overwrite'} needs --out: name the folder")
-        return None
+    if args.out is None and (args.resume or args.overwrite):
+        raise ValueError(f"--{'resume' if args.resume else 'overwrite'} needs --out: name the folder")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with what --overwrite clears: give one of them")
-    out = Path(args.out)
+    out = Path("out" if args.out is None else args.out)
     parent = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
-    if not args.out or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {args.out!r} cannot be written: name a folder of yours")
+    if args.out == "" or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {str(out) if args.out else ''!r} cannot be written: name a folder of yours")
     if args.data and Path(args.data).is_dir() and out.resolve().is_relative_to(Path(args.data).resolve()):
-        raise ValueError(f"--out {args.out!r} lies inside --data: what a run writes would be data, name another folder")
-    return out
+        raise ValueError(f"--out {str(out)!r} lies inside --data: what a run writes would be data, name another folder")
+    return None if args.out is None else out
 
 
 def next_free(parent: Path) -> Path:
@@ -716,7 +723,7 @@ def next_free(parent: Path) -> Path:
 def lock(out: Path):
     """A file whose lock is held while this process lives. Raises ValueError if another has it."""
     out.mkdir(parents=True, exist_ok=True)
-    file = open(out / "lock", "w")
+    file = open(out / "lock", "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -726,8 +733,9 @@ def lock(out: Path):
 
 def clear(out: Path) -> None:
     """Remove the runs in `out` and what was drawn from them, and nothing else."""
-    for found in sorted(out.rglob("run.json")):
-        shutil.rmtree(found.parent)
+    for found in (*out.glob("*/run.json"), *out.glob("seed-*/*/run.json")):
+        if read_run(found):
+            shutil.rmtree(found.parent)
     for name in ("compare.csv", "loss.png"):
         (out / name).unlink(missing_ok=True)
 
@@ -755,18 +763,18 @@ def main(argv=None) -> int:
         specs, seeds, (name, preset), out = specs_of(args), seeds_of(args), preset_of(args), out_of(args)
         texts, what = read_corpus(args.data)
         train_text, val_text, how = split_corpus(texts, preset.seq_len)
-        digest = hashlib.sha256(b"".join(texts)).hexdigest()[:12]
+        digest = hashlib.sha256(b"|".join(text.numpy().tobytes() for text in (train_text, val_text))).hexdigest()[:12]
         args.out, args.many = out or next_free(Path("out")), args.seeds is not None
         held = lock(args.out)
-        if args.overwrite:
-            clear(args.out)
         machine = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         same = dict(asdict(preset), data=digest, source=source_hash(), torch=str(torch.__version__),
                     triton=triton.__version__, machine=machine, deterministic=args.deterministic)
         runs = [Run(spec, seed, args.out / (f"seed-{seed}" if args.many else "") / spec,
                     dict(same, spec=spec, seed=seed)) for seed in seeds for spec in specs]
         for run in runs:
-            check_folder(run, args.resume)
+            check_folder(run, args.resume, args.overwrite)
+        if args.overwrite:
+            clear(args.out)
     except ValueError as error:
         args.parser.error(str(error))
     twins = "" if kernels.use_kernels(torch.empty(0, device=args.device)) else " (PyTorch twins, slowly)"

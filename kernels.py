@@ -518,7 +518,8 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None, tiles: Tenso
     (T, C), M = q.data.shape, len(q.data) if rows is None else len(rows)
     _check_tiles(tiles, M, q.data)
     if not use_kernels(q.data):
-        check_values("rows", torch.arange(M) if rows is None else rows, -1, T)
+        if rows is not None:
+            check_values("rows", rows, -1, T)
         return scaling_aware_transpose_ref(q, rows)
     out = QTensor(q.data.new_empty(C, M), q.scale.new_empty(M // BLOCK, C // BLOCK), q.scales)
     _scaling_aware_transpose_kernel[M // BLOCK, C // BLOCK](

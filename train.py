@@ -170,16 +170,13 @@ class Run:
     folder: Path
     config: dict
 
-    def read(self) -> dict | None:
-        """run.json: {"config", "row" (None until it has finished)}, or None where there is none of ours."""
-        return read_run(self.folder / "run.json")
-
     def write(self, row: dict | None) -> None:
         text = json.dumps({"config": self.config, "row": row})
         write_safely(self.folder / "run.json", lambda path: path.write_text(text))
 
 
 def read_run(path: Path) -> dict | None:
+    """A run.json: {"config", "row" (None until it has finished)}, or None where there is none of ours."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -201,7 +198,7 @@ def differing(a: dict, b: dict) -> str:
 
 def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
     """Raises ValueError where what lies in the run's folder is neither this run nor may be continued as it."""
-    found = run.read()
+    found = read_run(run.folder / "run.json")
     if found is None and run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
         raise ValueError(f"--out: {str(run.folder)!r} holds files of something else: name another --out")
     if found is None or overwrite:
@@ -534,7 +531,7 @@ def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tenso
     """Train what is not finished yet; write the table after each run. Returns how many failed."""
     rows, failures = [], 0
     for run in runs:
-        found = run.read()
+        found = read_run(run.folder / "run.json")
         if found and found["row"]:
             print(f"\n{run.spec}, seed {run.seed}: finished before, reused from {run.folder}")
             rows.append(found["row"])

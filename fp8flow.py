@@ -80,11 +80,11 @@ class Recipe:
     recompute: str = "off"
 
     def __post_init__(self):
-        for name, choices in {"precision": ("fp8", "bf16"), **CHOICES}.items():
-            check_choice(name, getattr(self, name), choices)
-        for name in ("transpose", "swiglu", "permute", "scales"):
-            if self.precision == "bf16" and getattr(self, name) != CHOICES[name][0]:
-                raise ValueError(f"{name}={getattr(self, name)} is a switch of FP8: not for bf16, use naive or flow")
+        check_choice("precision", self.precision, ("fp8", "bf16"))
+        for name, choices in CHOICES.items():
+            check_choice(name, value := getattr(self, name), choices)
+            if self.precision == "bf16" and name != "recompute" and value != choices[0]:
+                raise ValueError(f"{name}={value} is a switch of FP8: not for bf16, use naive or flow")
         if self.transpose == "direct" and self.scales == "fp32":
             raise ValueError("transpose=direct needs scales=pow2: it shifts exponents, and the ratio of two fp32 "
                              "scales is no power of two; use scales=pow2 or transpose=requant")
@@ -320,8 +320,7 @@ def torch_grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 def keep_bf16(ctx, x: Tensor, xp: Tensor, h: Tensor, a: Tensor, *others) -> None:
     """Chosen for speed, as autograd would: X permuted, H and A. With `recompute` only X as it came."""
-    again = ctx.recipe.recompute == "on"
-    pack(ctx, *((x, None, None, None) if again else (None, xp, h, a)), *others)
+    pack(ctx, *((x, None, None, None) if ctx.recipe.recompute == "on" else (None, xp, h, a)), *others)
 
 
 def kept_bf16(ctx) -> list:
@@ -505,8 +504,8 @@ def print_double_quantization(device) -> None:
     for kind, x in samples(1024, 2048, device).items():
         results = []
         for q in (kernels.quantize(x, "fp32"), kernels.quantize(x)):
-            once = kernels.dequantize(q)
-            results += [once, kernels.dequantize(kernels.quantize(once.t(), q.scales)).t()]
+            again = kernels.quantize(kernels.dequantize(q).t(), q.scales)
+            results += [kernels.dequantize(q), kernels.dequantize(again).t()]
         results.append(kernels.dequantize(kernels.scaling_aware_transpose(q)).t())
         lost = [100 * ((y == 0) & (x != 0)).sum() / (x != 0).sum() for y in results]
         cells = (f"{kernels.sqnr(y, x):10.2f} ({share:6.3f}%)" for y, share in zip(results, lost))
@@ -552,12 +551,11 @@ def print_layer_times(device) -> None:
         reference = bf16.step()
         for spec in VARIANTS:
             layer = Layer(parse_spec(spec), *inputs)
-            pairs = zip(layer.step(), reference)
-            quality = [f"{kernels.sqnr(got, want):.1f}" for got, want in pairs if layer.recipe.precision == "fp8"]
+            quality = [f"{kernels.sqnr(got, want):.1f}" for got, want in zip(layer.step(), reference)]
             bf16_ms, ms = (do_bench_cudagraph(step, rep=80, return_mode="median") for step in (bf16.step, layer.step))
             numbers = (*time_shares(layer.step).values(), bytes_held(layer) / 1e6)
             print(f"  {spec:24}{ms:8.3f}{bf16_ms / ms:8.2f}" + "".join(f"{number:10.3f}" for number in numbers)
-                  + "   " + " ".join(quality), flush=True)
+                  + "   " + " ".join(quality) * ("bf16" not in spec), flush=True)
 
 
 def main(argv=None) -> None:

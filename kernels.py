@@ -400,8 +400,7 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     check_q("q", q, ..., ANY, BLOCKS, rows_per_scale=(1, BLOCK))
     if not use_kernels(q.data) or q.data.ndim != 2:
         return dequantize_ref(q, dtype)
-    (R, C), r_tile = q.data.shape, 64
-    out = q.data.new_empty(R, C, dtype=dtype)
+    (R, C), r_tile, out = q.data.shape, 64, q.data.new_empty(q.data.shape, dtype=dtype)
     _dequantize_kernel[triton.cdiv(R, r_tile), C // BLOCK](
         _bytes(q.data.contiguous()), q.scale.contiguous(), out, R, C,
         R_PER=q.rows_per_scale, R_TILE=r_tile, TILE=BLOCK, num_warps=8)
@@ -892,6 +891,8 @@ def _grouped_gemm_kernel(a, b, out,                         # [M, K], [E, N, K],
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared         # renamed in Triton 3.8
 _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_shared_layout = functools.lru_cache(gl.NVMMASharedLayout.get_default_for)              # slow for what it does
+_GL = {FP8: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 _HALF, _TILE, _WIDE = gl.constexpr(BLOCK // 2), gl.constexpr(BLOCK), gl.constexpr(2 * BLOCK)
 
 
@@ -959,7 +960,7 @@ def _outer(a_scale, b_scale, SUM: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(half: gl.constexpr, a_scale, b_scale, out, buffer, ring, problem, tiles, PROGRAMS: gl.constexpr,
+def _consumer(half: gl.constexpr, a_scale, b_scale, out, buffers, ring, problem, tiles, PROGRAMS: gl.constexpr,
               WGRAD: gl.constexpr, A_PER: gl.constexpr, B_PER: gl.constexpr):
     a_ring, b_ring, scale_ring, full, empty = ring
     M, N, K = problem[2], problem[3], problem[4]
@@ -979,8 +980,7 @@ def _consumer(half: gl.constexpr, a_scale, b_scale, out, buffer, ring, problem, 
                 left_at += e * (K // _TILE) * b_scales
             right_at = left_at + gl.minimum(1, b_scales - 1 - col // _TILE)             # N may end at the tile's middle
             s_left, s_right = gl.load(left_at + first * b_scales), gl.load(right_at + first * b_scales)
-        left = gl.zeros([_HALF, _TILE], gl.float32, SUM)
-        right = gl.zeros([_HALF, _TILE], gl.float32, SUM)
+        left, right = gl.zeros([_HALF, _TILE], gl.float32, SUM), gl.zeros([_HALF, _TILE], gl.float32, SUM)
         for k in range(begin, end):
             s, phase = i % a_ring.shape[0], i // a_ring.shape[0] & 1
             ahead = gl.minimum(k + 1, last)
@@ -1007,17 +1007,25 @@ def _consumer(half: gl.constexpr, a_scale, b_scale, out, buffer, ring, problem, 
             sa = next_a
             i += 1
         out_row = row + half * _HALF + (e * M if WGRAD else 0)
-        _store(left, out, out_row, col, buffer.index(half))
-        _store(right, out, out_row, col + _TILE, buffer.index(half))                    # past column N, TMA drops it
+        _store(left, out, out_row, col, half, buffers)
+        _store(right, out, out_row, col + _TILE, half, buffers)                         # past column N, TMA drops it
     tma.store_wait(0)
 
 
 @gluon.jit
-def _store(x, out, row, col, buffer):
-    tma.store_wait(0)                                       # the store before it has been read from the buffer
-    buffer.store(x.to(out.dtype))
-    hopper.fence_async_shared()                             # ordinary writes, made visible to the copy engine
-    _tma_store(out, [row, col], buffer)
+def _store(x, out, row, col, half: gl.constexpr, buffers):
+    """x [64, C] in pieces of 128 bytes a row, through a consumer's two buffers in turns."""
+    WIDTH: gl.constexpr = x.shape[1]
+    if WIDTH > out.block_type.shape[1]:
+        first, second = x.reshape([_HALF, 2, WIDTH // 2]).permute((0, 2, 1)).split()
+        _store(first, out, row, col, half, buffers)
+        _store(second, out, row, col + WIDTH // 2, half, buffers)
+    else:
+        buffer = buffers.index(2 * half + col // WIDTH % 2)
+        tma.store_wait(1)                                   # the last but one has been read from this buffer
+        buffer.store(x.to(out.dtype))
+        hopper.fence_async_shared()                         # ordinary writes, made visible to the copy engine
+        _tma_store(out, [row, col], buffer)
 
 
 @gluon.jit
@@ -1029,7 +1037,7 @@ def _hopper_gemm_kernel(a, b, out,                          # TMA descriptors of
     a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, _TILE, _TILE], a.layout)
     b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, _WIDE, _TILE], b.layout)
     scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, _WIDE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    buffer = gl.allocate_shared_memory(out.dtype, [2, _HALF, _TILE], out.layout)        # one of each consumer's stores
+    buffers = gl.allocate_shared_memory(out.dtype, [4, _HALF, out.block_type.shape[1]], out.layout)    # two a consumer
     full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -1041,22 +1049,23 @@ def _hopper_gemm_kernel(a, b, out,                          # TMA descriptors of
     tiles = m_tiles * n_tiles * (E if WGRAD else 1)
     ring, problem = (a_ring, b_ring, scale_ring, full, empty), (tile_expert, ends, M, N, K, m_tiles, n_tiles)
     gl.warp_specialize([
-        (_consumer, (0, a_scale, b_scale, out, buffer, ring, problem, tiles, PROGRAMS, WGRAD, A_PER, B_PER)),
-        (_consumer, (1, a_scale, b_scale, out, buffer, ring, problem, tiles, PROGRAMS, WGRAD, A_PER, B_PER)),
+        (_consumer, (0, a_scale, b_scale, out, buffers, ring, problem, tiles, PROGRAMS, WGRAD, A_PER, B_PER)),
+        (_consumer, (1, a_scale, b_scale, out, buffers, ring, problem, tiles, PROGRAMS, WGRAD, A_PER, B_PER)),
         (_loader, (a, b, b_scale, ring, problem, tiles, PROGRAMS, WGRAD, B_PER)),
     ], [4, 1], [232, 40])                                   # warps and registers a thread, of the last two roles
 
 
-def _tma(x: Tensor, rows: int, dtype) -> TensorDescriptor:
-    """A matrix [R, C] as the copy engine sees it, in boxes of rows x 128."""
-    return TensorDescriptor.from_tensor(x, [rows, BLOCK], gl.NVMMASharedLayout.get_default_for([rows, BLOCK], dtype))
+def _tma(x: Tensor, rows: int) -> TensorDescriptor:
+    """A matrix [R, C] as the copy engine sees it, in boxes of rows x 128 bytes."""
+    box = rows, 128 // x.itemsize
+    return TensorDescriptor.from_tensor(x, list(box), _shared_layout(box, _GL[x.dtype]))
 
 
-def _hopper_options(b_per: int, out_bytes: int) -> dict:
-    """STAGES: as many as fit into Hopper's 227 KB of shared memory, 48 KB each, beside the buffers of the stores (32 KB
-    in bf16, 64 in fp32) and b's scales, a ring that the compiler drops where nobody uses it. The launch counts 12
-    warps, the loader as four: with 168 registers a thread they fill the register file."""
-    return dict(STAGES=4 if b_per == BLOCK and out_bytes == 2 else 3, num_warps=4, maxnreg=168)
+def _hopper_options(b_per: int) -> dict:
+    """STAGES: as many as fit into Hopper's 227 KB of shared memory, 48 KB each, beside 32 KB of buffers for the stores
+    and b's scales, a ring that the compiler drops where nobody uses it. The launch counts 12 warps, the loader as four:
+    with 168 registers a thread they fill the register file."""
+    return dict(STAGES=4 if b_per == BLOCK else 3, num_warps=4, maxnreg=168)
 
 
 def _launch_gemm(a: QTensor, b: QTensor, out: Tensor, tile_expert: Tensor, ends: Tensor) -> Tensor:
@@ -1066,11 +1075,9 @@ def _launch_gemm(a: QTensor, b: QTensor, out: Tensor, tile_expert: Tensor, ends:
     layout = dict(WGRAD=wgrad, A_PER=a.rows_per_scale, B_PER=b.rows_per_scale)
     if use_hopper_gemm(out):
         programs = torch.cuda.get_device_properties(out.device).multi_processor_count
-        _hopper_gemm_kernel[programs,](
-            _tma(x, BLOCK, gl.float8e4nv), _tma(y, BLOCK, gl.float8e4nv),
-            _tma(flat, BLOCK // 2, gl.float32 if out.dtype == torch.float32 else gl.bfloat16),
-            *scales, *indices, M, N, K, E, PROGRAMS=programs, **layout,
-            **_hopper_options(b.rows_per_scale, out.itemsize))
+        descriptors = _tma(x, BLOCK), _tma(y, BLOCK), _tma(flat, BLOCK // 2)
+        _hopper_gemm_kernel[programs,](*descriptors, *scales, *indices, M, N, K, E, PROGRAMS=programs, **layout,
+                                       **_hopper_options(b.rows_per_scale))
     else:
         _grouped_gemm_kernel[M // BLOCK, N // BLOCK, E if wgrad else 1](
             _bytes(x), _bytes(y), flat, *scales, *indices, M, N, K, TILE=BLOCK, num_warps=8, num_stages=3, **layout)
@@ -1123,8 +1130,7 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, dtype: torch.dtype = tor
 
 def sqnr(x: Tensor, ref: Tensor) -> float:
     """Signal to quantization-noise ratio in dB: 10 log10(|ref|^2 / |x - ref|^2). 31.5 dB is 2.6% of error."""
-    ref = ref.double()
-    return 10 * math.log10(ref.square().sum() / (x.double() - ref).square().sum().clamp(min=1e-300))
+    return 10 * math.log10(ref.double().square().sum() / (x.double() - ref).square().sum().clamp(min=1e-300))
 
 
 # tokens, d_model, expert width, experts, top-k
@@ -1250,11 +1256,8 @@ BENCHES = {"quantize": bench_quantize, "permute": bench_permute, "transpose": be
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="kernels.py", allow_abbrev=False,
                                      description="Time the kernels on a GPU, at the layer's shapes and at the paper's.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=BENCHES, help=f"of {', '.join(BENCHES)} (all)")
     names = parser.parse_args(argv).names
-    for name in names:
-        if name not in BENCHES:
-            parser.error(f"NAME {name!r} is unknown: choose from {', '.join(BENCHES)}")
     if not torch.cuda.is_available() or not use_kernels(torch.empty(0, device="cuda")):
         parser.error("there is no GPU of compute capability 8.9 or later here: timings need one")
     print(f"torch {torch.__version__}, triton {triton.__version__}, {torch.cuda.get_device_name()}")

@@ -62,11 +62,10 @@ def rotation(S: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rotary(x: Tensor) -> Tensor:
-    """x [B, h, S, d]: element i and d/2 + i are turned by the position's angle, so that q @ k sees distances alone."""
-    cos, sin = (t.to(x.dtype) for t in rotation(x.shape[2], x.shape[3], x.device))
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., S, d]: element i and d/2 + i are turned by the position's angle, so that q @ k sees distances alone."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return torch.cat([torch.addcmul(a * cos, b, -sin), torch.addcmul(a * sin, b, cos)], dim=-1)
 
 
 class Attention(nn.Module):
@@ -76,10 +75,12 @@ class Attention(nn.Module):
         self.qkv = Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
-        q, k = (rotary(F.rms_norm(t, t.shape[-1:])) for t in (q, k))       # normalised: no logit can run away
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, S, D] bf16, turn: cos and sin of `rotation` in bf16 -> [B, S, D]."""
+        qkv = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
+        qk, v = qkv.split([2, 1])
+        q, k = rotary(F.rms_norm(qk, qk.shape[-1:]), *turn)                 # normalised: no logit can run away
+        y = F.scaled_dot_product_attention(q, k, v[0], is_causal=True)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
@@ -112,8 +113,8 @@ class Block(nn.Module):
         self.norm1, self.attention = RMSNorm(config.d_model, eps=1e-6), Attention(config)
         self.norm2, self.moe = RMSNorm(config.d_model, eps=1e-6), MoE(config, recipe)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x = x + self.attention(self.norm1(x), turn)
         y, balance = self.moe(self.norm2(x))
         return x + y, balance
 
@@ -142,8 +143,10 @@ class GPT(nn.Module):
         """tokens [B, S] int64 -> logits [B, S, vocab] bf16; with targets, the mean cross-entropy in nats and the mean
         load-balancing loss over the layers (both fp32)."""
         x, balances = self.embed(tokens).bfloat16(), []
+        angles = rotation(tokens.shape[1], self.config.d_model // self.config.n_heads, tokens.device)
+        turn = tuple(t.to(x.dtype) for t in angles)
         for block in self.blocks:
-            x, balance = block(x)
+            x, balance = block(x, turn)
             balances.append(balance)
         logits = self.head(self.norm(x))
         if targets is None:

@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -39,7 +40,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from fp8flow import CHOICES, RECIPES, Plan, column_wise, count_casts, parse_spec, permute, spread, torch_grouped_mm
+from fp8flow import (CHOICES, RECIPES, Plan, Recipe, column_wise, count_casts, parse_spec, permute, spread,
+                     torch_grouped_mm)
 from model import GPT, GPTConfig
 
 
@@ -62,10 +64,6 @@ class Preset(GPTConfig):
             raise ValueError(f"lr={self.lr} must be positive and finite")
 
     @property
-    def config(self) -> GPTConfig:
-        return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig)})
-
-    @property
     def tokens_per_step(self) -> int:
         return self.batch * self.accumulate * self.seq_len
 
@@ -73,17 +71,22 @@ class Preset(GPTConfig):
 PRESETS = {
     "tiny": Preset(n_layers=2, d_model=128, n_heads=4, d_expert=128, n_experts=4, top_k=2, seq_len=128, batch=8,
                    accumulate=1, steps=300, lr=2e-3, val_every=100, val_batches=64),
-    "small": Preset(n_layers=4, d_model=512, n_heads=8, d_expert=512, n_experts=8, top_k=2, seq_len=512, batch=16,
-                    accumulate=1, steps=1000, lr=1e-3, val_every=250, val_batches=128),
+    "small": Preset(n_layers=4, d_model=1024, n_heads=8, d_expert=1024, n_experts=8, top_k=2, seq_len=512, batch=32,
+                    accumulate=1, steps=1000, lr=7e-4, val_every=250, val_batches=64),
     "h100": Preset(n_layers=3, d_model=2048, n_heads=16, d_expert=2048, n_experts=16, top_k=4, seq_len=1024, batch=16,
-                   accumulate=2, steps=300, lr=4e-4, val_every=50, val_batches=64),
+                   accumulate=2, steps=700, lr=4e-4, val_every=175, val_batches=64),
 }
 BALANCE = 0.1                               # weight of the load-balancing loss: runs are short, routing must even out
 CLIP, WARMUP = 1.0, 0.1                     # largest gradient norm; share of the steps
 LOG_EVERY = 10                              # steps between reads of the loss from the device
 HELD_OUT = 20                               # one byte in so many is for validation
+ARMS = {"bf16-nudged": "bf16", "flow-harmed": "flow"}      # recipes that test a comparison: see `interfere`
 LADDER = ("bf16", "naive", "naive,scales=pow2", "naive,scales=pow2,transpose=direct", "flow,permute=unfused", "flow",
           "flow,transpose=requant")         # and back; the paper's rows are this and the rung before flow
+
+
+def recipe_of(spec: str) -> Recipe:
+    return parse_spec(ARMS.get(spec, spec))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,10 +178,10 @@ class Run:
         write_safely(self.folder / "run.json", lambda path: path.write_text(text))
 
 
-def read_run(path: Path) -> dict | None:
-    """A run.json: {"config", "row" (None until it has finished)}, or None where there is none of ours."""
+def read_run(folder: Path) -> dict | None:
+    """Its run.json, {"config", "row" (None until it has finished)}, or None where there is none of ours."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.keys() == {"config", "row"} else None
@@ -187,30 +190,30 @@ def read_run(path: Path) -> dict | None:
 def write_safely(path: Path, write) -> None:
     """Written beside it, then renamed: a full disk or a kill in the middle leaves what was there."""
     beside = path.with_name(path.name + ".new")
-    write(beside)
-    os.replace(beside, path)
-
-
-def differing(a: dict, b: dict) -> str:
-    keys = sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
-    return ", ".join(f"{key} ({a.get(key)!r} there, {b.get(key)!r} now)" for key in keys)
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
     """Raises ValueError where what lies in the run's folder is neither this run nor may be continued as it."""
-    found = read_run(run.folder / "run.json")
+    found, where = read_run(run.folder), f"--out: {str(run.folder)!r} holds"
     if found is None and run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
-        raise ValueError(f"--out: {str(run.folder)!r} holds files of something else: name another --out")
+        raise ValueError(f"{where} files of something else: name another --out")
     if found is None or overwrite:
         return
-    edited = {key: value for key, value in run.config.items() if resume and key == "source"}
-    different = differing(found["config"] | edited, run.config)
+    there, now = found["config"], run.config
+    different = [f"{key} ({there.get(key)!r} there, {now.get(key)!r} now)" for key in sorted({*there, *now})
+                 if there.get(key) != now.get(key) and not (resume and key == "source")]
     if different:
-        raise ValueError(f"--out: {str(run.folder)!r} holds a run of another configuration: {different}; give another "
-                         "--out, or --overwrite")
+        raise ValueError(f"{where} a run of another configuration: {', '.join(different)}; give another --out, or "
+                         "--overwrite")
     if found["row"] is None and not resume:
-        raise ValueError(f"--out: {str(run.folder)!r} holds an unfinished run: go on with --resume, or --overwrite it")
-    if found["config"]["source"] != run.config["source"]:
+        raise ValueError(f"{where} an unfinished run: go on with --resume, or --overwrite it")
+    check_weights(run.folder / "checkpoint.pt")
+    if there["source"] != now["source"]:
         print(f"warning: the source was edited since {run.folder} was begun; it goes on with the code as it is now",
               file=sys.stderr)
 
@@ -220,47 +223,66 @@ def source_hash() -> str:
     return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in names)).hexdigest()[:12]
 
 
-class Log:
-    """log.csv, a row a step. Numbers stay on the device until `flush`: reading one would wait for the GPU."""
-
-    def __init__(self, path: Path, preset: Preset, steps: int):
-        """steps: how many are done: rows of later ones, written before a stop, are dropped."""
-        self.preset, self.pending = preset, []
-        names = ["step", "loss", "val_loss", "tokens_per_s", "lr", "grad_norm", "balance",
-                 *(f"load_{e}" for e in range(preset.n_experts))]
-        rows = [row for row in read_log(path) if int(row["step"]) < steps] if steps else []
-        self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, names)
-        self.writer.writeheader()
-        self.writer.writerows(rows)
-        self.file.flush()
-
-    def add(self, step: int, losses: Tensor, norm: Tensor, model: GPT) -> None:
-        load = torch.stack([moe.load for moe in model.moes]).mean(0)            # each expert's share, mean over layers
-        self.pending.append((step, torch.cat([losses, norm[None], load])))
-
-    def flush(self, seconds: float, val_loss: float) -> tuple[float, float, int | None]:
-        """Write the pending steps, which took `seconds`; (last loss, tokens/s, the first step that was not finite)."""
-        loss, speed, bad = math.nan, len(self.pending) * self.preset.tokens_per_step / seconds, None
-        for i, (step, values) in enumerate(self.pending):
-            loss, balance, norm, *load = values.tolist()
-            bad = step if bad is None and not math.isfinite(loss + norm) else bad
-            val = f"{val_loss:.6f}" if i == len(self.pending) - 1 else "nan"
-            self.writer.writerow(dict(zip(self.writer.fieldnames, [
-                step, f"{loss:.6f}", val, f"{speed:.1f}", f"{learning_rate(step, self.preset):.3e}", f"{norm:.4f}",
-                f"{balance:.4f}", *(f"{share:.4f}" for share in load)])))
-        self.file.flush()
-        self.pending.clear()
-        return loss, speed, bad
-
-
-def read_log(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
+def append(path: Path, rows: list[dict]) -> None:
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+class Log:
+    """The rows of log.csv and the time that training takes. Numbers stay on the device until `rows`: reading one would
+    wait for the GPU."""
+
+    def __init__(self, preset: Preset, device: str):
+        self.preset, self.device, self.pending, self.times = preset, device, [], []         # times: (steps, seconds)
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()                                                        # queued work counts
+        return time.perf_counter()
+
+    def start_clock(self) -> None:
+        self.started = self.now()
+
+    def stop_clock(self) -> None:
+        self.times.append((len(self.pending), self.now() - self.started))
+
+    def tokens_per_s(self) -> float:
+        """Without the first steps, which compile."""
+        steps, seconds = map(sum, zip(*(self.times[1:] or self.times)))
+        return steps * self.preset.tokens_per_step / seconds
+
+    def add(self, step: int, values: Tensor) -> None:
+        self.pending.append((step, values))
+
+    def rows(self, model: GPT, val_loss: float) -> list[dict]:
+        """The pending steps, the last of them with `val_loss`. `not_finite` names the first tensor found so."""
+        names = [f"gradient of {name}" for name, _ in model.named_parameters()]
+        (steps, seconds), rows = self.times[-1], []
+        for step, values in self.pending:
+            loss, balance, norm, bad, *load = values.tolist()
+            broken = "loss" if not math.isfinite(loss) else "" if math.isfinite(norm) else names[-1 - int(bad)]
+            rows.append(dict(step=step, loss=f"{loss:.6f}", val_loss=math.nan,
+                             tokens_per_s=f"{steps * self.preset.tokens_per_step / seconds:.1f}",
+                             lr=f"{learning_rate(step, self.preset):.3e}", grad_norm=f"{norm:.4f}", not_finite=broken,
+                             balance=f"{balance:.4f}", **{f"load_{e}": f"{x:.4f}" for e, x in enumerate(load)}))
+        rows[-1]["val_loss"] = f"{val_loss:.6f}"
+        self.pending.clear()
+        return rows
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the probe: what quantization and the transpose do to the four tensors of every layer
+
+PROBED = ["step", "layer", "tensor", "amax", "binades", "underflow", "sqnr_direct", "sqnr_requant"]
+
 
 def four_tensors(experts, x: Tensor, probs: Tensor, plan: Plan, dy: Tensor) -> dict[str, Tensor]:
     """X, A, dY, dH of one expert layer in bf16, [M, ...], zeros in the padding."""
@@ -288,29 +310,27 @@ def look_at(t: Tensor, plan: Plan) -> dict[str, float]:
                 sqnr_direct=kernels.sqnr(direct, t), sqnr_requant=kernels.sqnr(requantized, t))
 
 
-def probe(model: GPT, micro_batch, step: int, path: Path) -> None:
-    """One extra micro-batch, whose gradients the caller drops; a row a layer and tensor appended to `path`."""
+def probe(trainer) -> list[dict]:
+    """One extra micro-batch, whose gradients are dropped; a row of PROBED a layer and tensor."""
     seen = []
 
     def look(experts, inputs, y):
         y.register_hook(lambda dy: seen.append((experts, *inputs, dy)))
-    hooks = [moe.experts.register_forward_hook(look) for moe in model.moes]
-    micro_batch(torch.Generator().manual_seed(step))
+    hooks = [moe.experts.register_forward_hook(look) for moe in trainer.model.moes]
+    trainer.micro_batch(torch.Generator().manual_seed(trainer.step))
+    trainer.optimizer.zero_grad()
     for hook in hooks:
         hook.remove()
-    rows = [dict(step=step, layer=layer, tensor=name, **look_at(t, inputs[2]))
+    return [dict(step=trainer.step, layer=layer, tensor=name, **look_at(t, inputs[2]))
             for layer, (experts, *inputs) in enumerate(reversed(seen))      # backward comes to the last layer first
             for name, t in four_tensors(experts, *inputs).items()]
-    header = [] if path.exists() else [list(rows[0])]
-    with open(path, "a", newline="") as file:
-        csv.writer(file).writerows(header + [list(row.values()) for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one run
 
 class Stop:
-    """The first Ctrl-C, SIGTERM or SIGHUP ends the run after the step it is in; a second one at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP ends the run after the step it is in, a second one at once."""
     asked: str | None = None
 
     def __enter__(self):
@@ -328,159 +348,191 @@ class Stop:
             signal.signal(number, handler)
 
 
-class Stopped(Exception):
-    """The run was asked to stop and can go on from its checkpoint."""
-
-
-class NotFinite(Exception):
-    """A loss or gradient norm was NaN or Inf."""
-
-
-class Damaged(ValueError):
-    """A file of weights cannot be read."""
-
-
-class Clock:
-    """Seconds spent training (`stop`: since `start`), not validating or saving; queued GPU work counts."""
-
-    def __init__(self, device: str):
-        self.device, self.seconds = device, 0.0
-
-    def start(self) -> None:
-        self.sync()
-        self.started = time.perf_counter()
-
-    def stop(self) -> float:
-        self.sync()
-        elapsed = time.perf_counter() - self.started
-        self.seconds += elapsed
-        return elapsed
-
-    def sync(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-
 def learning_rate(step: int, preset: Preset) -> float:
-    """Linear warm-up, then linearly down to zero: the end of a run is level, so that its loss means something."""
+    """Linear warm-up, then a parabola down to zero: the end of a run is level, so that its loss means something."""
     warmup = max(1, round(WARMUP * preset.steps))
-    return preset.lr * min((step + 1) / warmup, (preset.steps - step) / max(1, preset.steps - warmup))
+    return preset.lr * min((step + 1) / warmup, ((preset.steps - step) / max(1, preset.steps - warmup)) ** 2)
 
 
-def describe(model: GPT, preset: Preset, run: Run, casts: list) -> None:
-    total, active = model.parameter_counts()
+def interfere(model: GPT, spec: str) -> None:
+    """The arms that test a comparison itself. bf16-nudged: one weight of the first router, fp32 in every recipe, moves
+    by one unit in the last place. flow-harmed: expert 0 of every layer gets no gradient."""
+    if spec == "bf16-nudged":
+        weight = model.moes[0].router.weight.detach()[0, :1]
+        weight.copy_(weight.nextafter(torch.full_like(weight, math.inf)))
+    if spec == "flow-harmed":
+        for w in (w for moe in model.moes for w in moe.experts.parameters()):
+            w.register_hook(lambda grad: grad.index_fill(0, torch.zeros(1, dtype=torch.int64, device=grad.device), 0))
+
+
+class Trainer:
+    """A run in progress, what its checkpoint holds: model, optimizer, generators and the number of steps done."""
+
+    def __init__(self, run: Run, preset: Preset, text: Tensor, args):
+        self.run, self.preset, self.text, self.device, self.step = run, preset, text, args.device, 0
+        self.checkpoint = run.folder / "checkpoint.pt"
+        self.rng = torch.Generator().manual_seed(run.seed)
+        torch.manual_seed(run.seed)
+        self.model = GPT(preset, recipe_of(run.spec)).to(args.device)
+        interfere(self.model, run.spec)
+        if args.compile:
+            for block in self.model.blocks:
+                block.attention.compile()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=preset.lr, betas=(0.9, 0.95), weight_decay=0.1,
+                                           fused=True)
+
+    def micro_batch(self, rng: torch.Generator) -> Tensor:
+        """Adds its gradients; returns [loss, load-balancing loss], detached: what is logged must not hold the graph."""
+        starts = torch.randint(len(self.text) - self.preset.seq_len, (self.preset.batch,), generator=rng)
+        starts = starts.to(self.device, non_blocking=True)
+        loss, balance = self.model(*batch_of(self.text, starts, self.preset.seq_len))
+        ((loss + BALANCE * balance) / self.preset.accumulate).backward()
+        return torch.stack([loss, balance]).detach()
+
+    def train_step(self) -> Tensor:
+        """[loss, load-balancing loss, gradient norm, the last weight whose gradient is not finite (its place from the
+        end), each expert's share of the tokens], still on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.preset)
+        losses = torch.stack([self.micro_batch(self.rng) for _ in range(self.preset.accumulate)]).mean(0)
+        norms = torch.stack([p.grad.norm() for p in self.model.parameters()])
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), CLIP, norms.norm())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        bad = norms.isfinite().logical_not().flip(0).int().argmax()
+        load = torch.stack([moe.load for moe in self.model.moes]).mean(0)
+        return torch.cat([losses, norms.norm()[None], bad[None], load])
+
+    def casts(self) -> list:
+        """The explicit casts of all layers, measured on a micro-batch that trains nothing."""
+        with count_casts() as casts:
+            self.micro_batch(torch.Generator().manual_seed(0))
+        self.optimizer.zero_grad()
+        return casts
+
+    def save(self) -> None:
+        lengths = {path.name: path.stat().st_size for path in self.run.folder.glob("*.csv")}
+        write_safely(self.checkpoint, lambda path: torch.save({
+            "step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "rng": (self.rng.get_state(), torch.get_rng_state()), "lengths": lengths}, path))
+
+    def load(self) -> None:
+        """From the checkpoint, if there is one. Rows that were written after it are cut off."""
+        saved = {"lengths": {}}
+        if self.checkpoint.exists():
+            saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            self.step = saved["step"]
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.rng.set_state(saved["rng"][0].cpu())
+            torch.set_rng_state(saved["rng"][1].cpu())
+            print(f"  goes on after step {self.step} of {self.preset.steps}")
+        for path in self.run.folder.glob("*.csv"):
+            os.truncate(path, saved["lengths"].get(path.name, 0))
+
+    def memory(self) -> str:
+        """The peak of the GPU's memory, and what it consists of, in GB."""
+        def size(tensors) -> float:
+            return sum(t.numel() * t.element_size() for t in tensors) / 1e9
+        peak, weights = torch.cuda.max_memory_allocated() / 1e9, size(self.model.parameters())
+        copies = size(kernels._leaves(tuple(moe.experts.operands for moe in self.model.moes)))
+        moments = size(t for state in self.optimizer.state.values() for t in state.values())
+        rest = peak - 2 * weights - moments - copies
+        return (f"  peak memory {peak:.2f} GB: weights {weights:.2f}, copies for the experts' GEMMs {copies:.2f}, "
+                f"gradients {weights:.2f}, optimizer {moments:.2f}, activations and the rest {rest:.2f}")
+
+
+def describe(trainer: Trainer, casts: list) -> None:
+    preset, (total, active) = trainer.preset, trainer.model.parameter_counts()
     flops = 6 * active + 6 * preset.n_layers * preset.d_model * preset.seq_len
-    print("  " + ", ".join(f"{k}={v}" for k, v in asdict(parse_spec(run.spec)).items()))
+    print("  " + ", ".join(f"{k}={v}" for k, v in asdict(recipe_of(trainer.run.spec)).items()))
     print(f"  {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token, {flops / 1e6:.0f} MFLOP a token, "
           f"{preset.tokens_per_step} tokens a step")
     names = ", ".join(dict.fromkeys(f"{launch.cast}({launch.tensor})" for launch in casts))
     print(f"  {len(casts) // preset.n_layers} explicit casts a layer: {names or 'none'}")
 
 
-def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args) -> dict:
+def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, stop: Stop) -> dict:
     """Train one model, from its checkpoint if there is one; write its log, weights and sample; return its table row.
 
-    Raises Stopped when asked to stop, NotFinite, Damaged.
+    Raises KeyboardInterrupt when asked to stop, FloatingPointError.
     """
     print(f"\n{run.spec}, seed {run.seed}")
-    torch.manual_seed(run.seed)
-    rng, checkpoint = torch.Generator().manual_seed(run.seed), run.folder / "checkpoint.pt"
-    model = GPT(preset.config, parse_spec(run.spec)).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=preset.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def micro_batch(rng) -> Tensor:
-        """Adds its gradients; returns [loss, load-balancing loss], detached: what is logged must not hold the graph."""
-        starts = torch.randint(len(train_text) - preset.seq_len, (preset.batch,), generator=rng)
-        loss, balance = model(*batch_of(train_text, starts.to(args.device, non_blocking=True), preset.seq_len))
-        ((loss + BALANCE * balance) / preset.accumulate).backward()
-        return torch.stack([loss, balance]).detach()
-
-    def save(step: int) -> None:
-        if args.checkpoint == "last":
-            write_safely(checkpoint, lambda path: torch.save({
-                "config": run.config, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "data_rng": rng.get_state(), "torch_rng": torch.get_rng_state()}, path))
-
-    with count_casts() as casts:                                # measured on a step that trains nothing
-        micro_batch(torch.Generator().manual_seed(0))
-    optimizer.zero_grad()
-    describe(model, preset, run, casts)
-    begin = 0
-    if checkpoint.exists():
-        saved = load_checkpoint(checkpoint, args.device)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        rng.set_state(saved["data_rng"].cpu())
-        torch.set_rng_state(saved["torch_rng"].cpu())
-        begin = saved["step"]
-        print(f"  goes on after step {begin} of {preset.steps}")
+    trainer = Trainer(run, preset, train_text, args)
+    casts = trainer.casts()
+    describe(trainer, casts)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write(None)
+    trainer.load()
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    if begin == 0:
-        (run.folder / "probe.csv").unlink(missing_ok=True)
-    clock, log, val_loss = Clock(args.device), Log(run.folder / "log.csv", preset, begin), math.nan
-    timed_from, warm_seconds = begin + min(LOG_EVERY, (preset.steps - begin) // 2), 0.0
-    with Stop() as stop, tqdm(total=preset.steps, initial=begin, desc=run.spec, unit="step", dynamic_ncols=True) as bar:
-        clock.start()
-        for step in range(begin, preset.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, preset)
-            losses = torch.stack([micro_batch(rng) for _ in range(preset.accumulate)]).mean(0)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-            log.add(step, losses, norm, model)
+    log, val_loss = Log(preset, args.device), math.nan
+    with tqdm(total=preset.steps, initial=trainer.step, desc=run.spec, unit="step", dynamic_ncols=True,
+              disable=sys.stderr is None) as bar:
+        log.start_clock()
+        while trainer.step < preset.steps:
+            log.add(trainer.step, trainer.train_step())
             bar.update()
-            done = step + 1
-            validating = done % preset.val_every == 0 or done == preset.steps
-            probing = args.probe and done % args.probe == 0
-            if not (validating or probing or stop.asked or done % LOG_EVERY == 0 or done == timed_from):
-                continue
-            elapsed = clock.stop()
-            warm_seconds = clock.seconds if done == timed_from else warm_seconds
-            val_loss = validate(model, val_text, preset) if validating else val_loss
-            loss, speed, bad = log.flush(elapsed, val_loss if validating else math.nan)
-            bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}", tok_s=f"{speed:,.0f}")
-            if bad is not None:
-                broken = [name for name, p in model.named_parameters() if not p.isfinite().all()] or ["no weight yet"]
-                raise NotFinite(f"{run.spec}, seed {run.seed}: loss or gradient norm of step {bad} is not finite, "
-                                f"first in {broken[0]}; lower --lr. The checkpoint before it is kept")
-            if probing:
-                probe(model, micro_batch, done, run.folder / "probe.csv")
-                optimizer.zero_grad()
-            if done < preset.steps and (validating or stop.asked):
-                save(done)
-            if stop.asked and done < preset.steps:
-                raise Stopped(f"{stop.asked} after step {done} of {preset.steps} of {run.spec}, seed {run.seed}")
-            clock.start()
-    log.file.close()
+            due = what_is_due(trainer.step, preset, args, stop)
+            if due:
+                log.stop_clock()                                    # what is due is no training time
+                if "validation" in due:
+                    val_loss = validate(trainer.model, val_text, preset)
+                rows = log.rows(trainer.model, val_loss if "validation" in due else math.nan)
+                append(run.folder / "log.csv", rows)
+                refuse_non_finite(rows)
+                bar.set_postfix(loss=rows[-1]["loss"], val=f"{val_loss:.3f}")
+                if "probe" in due:
+                    append(run.folder / "probe.csv", probe(trainer))
+                if "checkpoint" in due:
+                    trainer.save()
+                log.start_clock()
+            if stop.asked and trainer.step < preset.steps:
+                raise KeyboardInterrupt(f"stopped by {stop.asked} after step {trainer.step} of {preset.steps} of "
+                                        f"{run.spec}, seed {run.seed}")
     row = dict(recipe=run.spec, casts=len(casts) // preset.n_layers, val_loss=val_loss, seed=run.seed,
-               tokens_per_s=(preset.steps - timed_from) * preset.tokens_per_step / (clock.seconds - warm_seconds),
+               tokens_per_s=log.tokens_per_s(),
                peak_mem_gb=torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else math.nan)
-    finish(run, model, row, args)
-    if stop.asked:
-        raise Stopped(f"{stop.asked} when {run.spec}, seed {run.seed} was done")
+    print(f"  val loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s; in {run.folder}")
+    if args.device == "cuda":
+        print(trainer.memory())
+    finish(trainer, row, args)
     return row
 
 
-def finish(run: Run, model: GPT, row: dict, args) -> None:
+def what_is_due(step: int, preset: Preset, args, stop: Stop) -> set[str]:
+    """What comes after so many steps: "log", "validation", "probe", "checkpoint"."""
+    last = step == preset.steps
+    due = {"log"} if last or stop.asked or step % LOG_EVERY == 0 else set()
+    due |= {"log", "validation"} if last or step % preset.val_every == 0 else set()
+    due |= {"log", "probe"} if args.probe and step % args.probe == 0 else set()
+    keep = args.checkpoint == "last" and not last and (stop.asked or "validation" in due)
+    return due | {"checkpoint"} if keep else due
+
+
+def refuse_non_finite(rows: list[dict]) -> None:
+    for row in rows:
+        if row["not_finite"]:
+            raise FloatingPointError(f"the {row['not_finite']} of step {row['step']} is not finite; lower --lr")
+
+
+def finish(trainer: Trainer, row: dict, args) -> None:
     """The weights first: nothing that fails after training may cost them."""
+    run, model = trainer.run, trainer.model
     if args.checkpoint == "last":
-        weights = {"spec": run.spec, "model_config": asdict(model.config), "model": model.state_dict()}
+        weights = {"spec": run.spec, "preset": asdict(trainer.preset), "model": model.state_dict()}
         write_safely(run.folder / "model.pt", lambda path: torch.save(weights, path))
     run.write(row)
-    (run.folder / "checkpoint.pt").unlink(missing_ok=True)
-    (run.folder / "sample.txt").write_bytes(model.generate(b"def ", 200, run.seed))
-    print(f"  val loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s; written to {run.folder}")
+    trainer.checkpoint.unlink(missing_ok=True)
+    if args.checkpoint == "last":
+        (run.folder / "sample.txt").write_bytes(model.generate(b"def ", 200, run.seed))
 
 
-def load_checkpoint(path: Path, device: str) -> dict:
-    """Raises Damaged: torch.save writes a zip file, whose directory stands at the end."""
-    if not zipfile.is_zipfile(path):
-        raise Damaged(f"{str(path)!r} is damaged: delete it to start over")
-    return torch.load(path, map_location=device, weights_only=True)
+def check_weights(path: Path) -> None:
+    """Raises ValueError: torch.save writes a zip file, whose directory stands at the end."""
+    if path.exists() and not zipfile.is_zipfile(path):
+        raise ValueError(f"{str(path)!r} is damaged: delete it to start over")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,26 +580,25 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tensor, args) -> int:
-    """Train what is not finished yet; write the table after each run. Returns how many failed."""
-    rows, failures = [], 0
-    for run in runs:
-        found = read_run(run.folder / "run.json")
-        if found and found["row"]:
-            print(f"\n{run.spec}, seed {run.seed}: finished before, reused from {run.folder}")
-            rows.append(found["row"])
-        else:
+    """Train what is not finished yet; the table after each run. Returns how many failed. Raises KeyboardInterrupt."""
+    failures = 0
+    with Stop() as stop:
+        for run in runs:
+            if (read_run(run.folder) or {}).get("row"):
+                print(f"\n{run.spec}, seed {run.seed}: finished before, reused from {run.folder}")
+                continue
             try:
-                rows.append(train(run, preset, train_text, val_text, args))
-            except NotFinite as error:
-                print(f"train.py: {error}", file=sys.stderr)
+                train(run, preset, train_text, val_text, args, stop)
+            except FloatingPointError as error:
+                print(f"train.py: {run.spec}, seed {run.seed}: {error}", file=sys.stderr)
                 failures += 1
-            gc.collect()
+            write_table(args)
+            gc.collect()                                                # one run's weights go before the next ones come
             if args.device == "cuda":
                 torch.cuda.empty_cache()
-        lines = [HEADER + ["seed"] * args.many]                         # after each run: what is done is on disk
-        lines += [cells + [str(row["seed"])] * args.many for row, cells in zip(rows, table(rows))]
-        text = "".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) + "\r\n" for line in lines)
-        write_safely(args.out / "compare.csv", lambda path: path.write_text(text, newline=""))
+            if stop.asked and run is not runs[-1]:
+                raise KeyboardInterrupt(f"stopped by {stop.asked} when {run.spec}, seed {run.seed} had ended")
+    rows = write_table(args)
     lines = [f"{cells[0]:>36}" + "".join(f"{cell:>14}" for cell in cells[1:]) for cells in [HEADER, *table(rows)]]
     chaos = ["  One seed: differences of this size are chaos, not evidence; --seeds gives intervals."]
     print("", *lines, "", *(summary(rows) if args.many else chaos), sep="\n")
@@ -558,6 +609,18 @@ def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tenso
     return failures
 
 
+def write_table(args) -> list[dict]:
+    """compare.csv: what has finished in this folder under this configuration, by this command or before; its rows."""
+    found = map(read_run, args.out.glob("seed-*/*" if args.many else "*"))
+    rows = [run["row"] for run in found if run and run["row"] and args.same.items() <= run["config"].items()]
+    rows.sort(key=lambda row: (row["seed"], [*args.specs, row["recipe"]].index(row["recipe"]), row["recipe"]))
+    lines = [HEADER + ["seed"] * args.many]
+    lines += [cells + [str(row["seed"])] * args.many for row, cells in zip(rows, table(rows))]
+    text = "".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) + "\r\n" for line in lines)
+    write_safely(args.out / "compare.csv", lambda path: path.write_text(text, newline=""))
+    return rows
+
+
 def draw_losses(runs: list[Run], out: Path) -> None:
     """The curves, and below them the smoothed difference to bf16 on the same seed: the curves themselves coincide."""
     import matplotlib
@@ -566,7 +629,7 @@ def draw_losses(runs: list[Run], out: Path) -> None:
 
     def smooth(curve: list[float], window: int) -> list[float]:
         return [statistics.mean(curve[max(0, i - window + 1):i + 1]) for i in range(len(curve))]
-    losses = {(run.spec, run.seed): [float(row["loss"]) for row in read_log(run.folder / "log.csv")] for run in runs}
+    losses = {(run.spec, run.seed): [float(row["loss"]) for row in read_rows(run.folder / "log.csv")] for run in runs}
     figure, (above, below) = plt.subplots(2, figsize=(7, 6), sharex=True, layout="constrained", height_ratios=(2, 1))
     for color, spec in enumerate(dict.fromkeys(spec for spec, _ in losses)):
         curves = {seed: curve for (name, seed), curve in losses.items() if name == spec}
@@ -614,6 +677,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=("last", "none"), default="last",
                         help="last: keep the newest while training and the weights at the end; none: neither")
     parser.add_argument("--probe", type=int, metavar="N", help="every N steps look at each layer's tensors: probe.csv")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for attention, the same in every recipe")
     parser.add_argument("--deterministic", action="store_true",
                         help="repeat bit for bit on a GPU too: the experts always do, attention's backward only so")
     switches = parser.add_argument_group("switches of a plain --recipe")
@@ -628,6 +692,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
+def spec_of(name: str, recipe: Recipe) -> str:
+    """One spelling for each recipe: in the order of CHOICES, and only what differs from `name`."""
+    switches = {key: getattr(recipe, key) for key in CHOICES}
+    return ",".join([name, *(f"{k}={v}" for k, v in switches.items() if v != getattr(RECIPES[name], k))])
+
+
 def specs_of(args) -> list[str]:
     """What to train. Raises ValueError."""
     flipped = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
@@ -635,44 +705,45 @@ def specs_of(args) -> list[str]:
         if flipped:
             raise ValueError(f"--{next(iter(flipped))} is for one run: write it into a spec, as in --compare "
                              f"flow,{'='.join(next(iter(flipped.items())))}")
-        specs = list(LADDER) if args.ablate else args.compare or list(RECIPES)
+        given = list(LADDER) if args.ablate else args.compare or list(RECIPES)
     else:
         spec = args.recipe or "flow"
         if flipped and "," in spec:
             raise ValueError(f"--recipe {spec} has switches already: write --{next(iter(flipped))} into it")
-        specs = [",".join([spec, *(f"{name}={value}" for name, value in flipped.items())])]
-    recipes = [parse_spec(spec) for spec in specs]
-    for i, recipe in enumerate(recipes):
-        if recipe in recipes[:i]:
-            raise ValueError(f"--compare {specs[i]} is the same as {specs[recipes.index(recipe)]}: give it once")
-    return specs
+        given = [",".join([spec, *(f"{name}={value}" for name, value in flipped.items())])]
+    meaning = {}
+    for spec in given:
+        recipe = spec if spec in ARMS else parse_spec(spec)
+        if recipe in meaning:
+            raise ValueError(f"--compare {spec} is the same as {meaning[recipe]}: give it once")
+        meaning[recipe] = spec
+    return [spec if spec in ARMS else spec_of(spec.split(",")[0], recipe) for recipe, spec in meaning.items()]
 
 
 def seeds_of(args) -> list[int]:
-    try:
-        given = args.seeds if args.seeds is not None else str(args.seed or 0)
-        seeds = [int(seed) for seed in given.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds {args.seeds!r} is no list of seeds: give a number of them, or 0,5") from None
+    """--seed 7, --seeds 3 (0, 1, 2) or --seeds 0,5. Raises ValueError."""
     if args.seeds is not None and args.seed is not None:
         raise ValueError(f"--seed {args.seed} and --seeds {args.seeds}: give one of them")
+    flag, given = ("--seed", str(args.seed or 0)) if args.seeds is None else ("--seeds", args.seeds)
+    if not re.fullmatch(r"-?\d{1,20}(,-?\d{1,20})*", given):
+        raise ValueError(f"{flag} {given!r} is no list of seeds: give how many, or 0,5 for those")
+    seeds = [int(seed) for seed in given.split(",")]
     if args.seeds is not None and len(seeds) == 1:
-        if not 1 <= seeds[0] <= 1000:
-            raise ValueError(f"--seeds {seeds[0]} must lie between 1 and 1000")
-        seeds = list(range(seeds[0]))
-    for seed in seeds:
-        if not 0 <= seed < 2 ** 63:
-            raise ValueError(f"--seed {seed} must lie between 0 and 2^63 - 1")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {args.seeds} names a seed twice: give it once")
+        seeds = list(range(min(seeds[0], 1001)))
+    if not 1 <= len(set(seeds)) == len(seeds) <= 1000 or min(seeds) < 0 or max(seeds) >= 2 ** 63:
+        raise ValueError(f"{flag} {given}: give up to 1000 different seeds from 0 to 2^63 - 1")
     return seeds
+
+
+def device_of(args) -> str:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def preset_of(args) -> tuple[str, Preset]:
     """The preset for this machine, with what the command line changes. Raises ValueError."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = device_of(args)
     memory = torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fits = "h100" if memory > 40e9 else "small"
@@ -701,8 +772,12 @@ def out_of(args) -> Path | None:
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with what --overwrite clears: give one of them")
     out = Path("out" if args.out is None else args.out)
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
-    if args.out == "" or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    try:
+        parent = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
+        usable = args.out != "" and parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    except OSError:                                             # a name that is too long
+        usable = False
+    if not usable or (out / "lock").is_dir():
         raise ValueError(f"--out {str(out) if args.out else ''!r} cannot be written: name a folder of yours")
     if args.data and Path(args.data).is_dir() and out.resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--out {str(out)!r} lies inside --data: what a run writes would be data, name another folder")
@@ -730,9 +805,9 @@ def lock(out: Path):
 
 def clear(out: Path) -> None:
     """Remove the runs in `out` and what was drawn from them, and nothing else."""
-    for found in (*out.glob("*/run.json"), *out.glob("seed-*/*/run.json")):
-        if read_run(found):
-            shutil.rmtree(found.parent)
+    for folder in (*out.glob("*"), *out.glob("seed-*/*")):
+        if read_run(folder):
+            shutil.rmtree(folder)
     for name in ("compare.csv", "loss.png"):
         (out / name).unlink(missing_ok=True)
 
@@ -743,31 +818,35 @@ def sample(args) -> None:
         raise ValueError(f"--sample {args.sample!r} holds no model.pt: name a run's folder, as in out/1/flow")
     if not args.prompt:
         raise ValueError("--prompt '' is empty: give at least one character")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    saved = load_checkpoint(path, device)
-    model = GPT(GPTConfig(**saved["model_config"]), parse_spec(saved["spec"])).to(device)
+    device, (seed, *_) = device_of(args), seeds_of(args)
+    check_weights(path)
+    saved = torch.load(path, map_location=device, weights_only=True)
+    model = GPT(Preset(**saved["preset"]), recipe_of(saved["spec"])).to(device)
     model.load_state_dict(saved["model"])
-    text = model.generate(args.prompt.encode(), 400, args.seed or 0).decode("utf-8", "replace")
-    sys.stdout.buffer.write(text.encode() + b"\n")             # whatever the locale
+    text = model.generate(os.fsencode(args.prompt), 400, seed)
+    print(text.decode("utf-8", "replace"))
 
 
 def main(argv=None) -> int:
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")       # a path or a sample, whatever the locale
     args = parse_args(argv)
     try:
         if args.sample is not None:
             sample(args)
             return 0
-        specs, seeds, (name, preset), out = specs_of(args), seeds_of(args), preset_of(args), out_of(args)
+        args.specs, seeds, (name, preset), out = specs_of(args), seeds_of(args), preset_of(args), out_of(args)
         texts, what = read_corpus(args.data)
         train_text, val_text, how = split_corpus(texts, preset.seq_len)
         digest = hashlib.sha256(b"|".join(text.numpy().tobytes() for text in (train_text, val_text))).hexdigest()[:12]
         args.out, args.many = out or next_free(Path("out")), args.seeds is not None
         held = lock(args.out)
         machine = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-        same = dict(asdict(preset), data=digest, source=source_hash(), torch=str(torch.__version__),
-                    triton=triton.__version__, machine=machine, deterministic=args.deterministic)
+        args.same = dict(asdict(preset), data=digest, source=source_hash(), torch=str(torch.__version__),
+                         triton=triton.__version__, machine=machine, deterministic=args.deterministic,
+                         compile=args.compile)
         runs = [Run(spec, seed, args.out / (f"seed-{seed}" if args.many else "") / spec,
-                    dict(same, spec=spec, seed=seed)) for seed in seeds for spec in specs]
+                    dict(args.same, spec=spec, seed=seed)) for seed in seeds for spec in args.specs]
         for run in runs:
             check_folder(run, args.resume, args.overwrite)
         if args.overwrite:
@@ -786,15 +865,11 @@ def main(argv=None) -> int:
         torch.utils.deterministic.fill_uninitialized_memory = False         # the kernels write what they read
     try:
         failures = compare(runs, preset, train_text.to(args.device), val_text.to(args.device), args)
-    except Damaged as error:
-        args.parser.error(str(error))
-    except Stopped as stopped:
+    except KeyboardInterrupt as stopped:
         again = [arg for arg in argv or sys.argv[1:] if arg not in ("--resume", "--overwrite")] + ["--resume"]
         again += [] if out else ["--out", str(args.out)]
-        print(f"train.py: stopped by {stopped}; go on with: python train.py {shlex.join(again)}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("train.py: stopped at once; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"train.py: {stopped or 'stopped at once'}; go on with: python train.py {shlex.join(again)}",
+              file=sys.stderr)
         return 130
     finally:
         held.close()
@@ -802,4 +877,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # `| head` ends it without a traceback
     sys.exit(main())

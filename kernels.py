@@ -241,8 +241,8 @@ def named(tensor: str, result):
     return result
 
 
-def _leaves(values) -> list[Tensor]:
-    return [leaf for v in values for leaf in (_leaves(v) if isinstance(v, tuple) else [v]) if isinstance(leaf, Tensor)]
+def leaves(values) -> list[Tensor]:
+    return [leaf for v in values for leaf in (leaves(v) if isinstance(v, tuple) else [v]) if isinstance(leaf, Tensor)]
 
 
 def recorded(cast: str = ""):
@@ -252,7 +252,7 @@ def recorded(cast: str = ""):
         def call(*args, **kwargs):
             result = wrapper(*args, **kwargs)
             if _traces:
-                reads, writes = ([(tuple(t.shape), t.dtype) for t in _leaves(values)]
+                reads, writes = ([(tuple(t.shape), t.dtype) for t in leaves(values)]
                                  for values in ((*args, *kwargs.values()), (result,)))
                 given = inspect.signature(wrapper).bind(*args, **kwargs).arguments
                 tiles = given.get("tiles", given.get("tile_expert"))

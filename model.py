@@ -5,7 +5,7 @@ every recipe; only `Experts` changes.
 
 Shapes: B sequences, S positions, D model width, T = B*S tokens, E experts, k experts per token.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -29,14 +29,14 @@ class GPTConfig:
     vocab: int = 256            # bytes
 
     def __post_init__(self):
+        for field in fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name}={getattr(self, field.name)} must be at least 1")
         for name in ("d_model", "d_expert"):
-            if getattr(self, name) < 128 or getattr(self, name) % 128:
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive multiple of 128, the FP8 block")
-        if not 1 <= self.top_k <= self.n_experts:
-            raise ValueError(f"top_k={self.top_k} must lie between 1 and n_experts={self.n_experts}")
-        for name in ("n_layers", "n_heads", "seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if getattr(self, name) % 128:
+                raise ValueError(f"{name}={getattr(self, name)} must be a multiple of 128, the FP8 block")
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k={self.top_k} must not exceed n_experts={self.n_experts}")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model} into heads of even width")
 

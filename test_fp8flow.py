@@ -1142,7 +1142,7 @@ def test_training(tmp_path):
     done = train("--compare", "--preset", "tiny", "--steps", "30", "--val-batches", "8", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = read_log(tmp_path / "compare.csv")
-    assert list(rows[0]) == "recipe,casts,val_loss,delta_pct,tokens_per_s,speedup,peak_mem_gb".split(",")
+    assert list(rows[0]) == "recipe,casts,val_loss,delta_pct,tokens_per_s,speedup,peak_mem_gb,seed".split(",")
     assert [(r["recipe"], r["casts"]) for r in rows] == [("bf16", "0"), ("naive", "12"), ("flow", "2")]
     assert "byte pairs" in done.stdout and "chaos" in done.stdout and (tmp_path / "loss.png").stat().st_size > 10_000
     for row in rows:
@@ -1219,7 +1219,7 @@ def test_runs_are_reused_refused_or_cleared(here, files, monkeypatch, capsys):
             here("--recipe", "bf16", "--out", "x")
         assert "source (" in capsys.readouterr().err.splitlines()[-1]
         assert here("--recipe", "bf16", "--out", "x", "--resume") == 0 and "edited" in capsys.readouterr().err
-    held = train_py.lock(files / "here/x")
+    _, held = train_py.claim(files / "here/x")
     with pytest.raises(SystemExit):
         here("--recipe", "bf16", "--out", "x")
     assert "another process" in capsys.readouterr().err.splitlines()[-1]

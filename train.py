@@ -8,9 +8,8 @@
     python train.py --resume --out out/1 ...                go on where a run was stopped
     python train.py --sample out/1/flow --prompt "def "     continue a text
 
-Default data: the Python source of the installed torch package, bytes as tokens. What a run writes goes under --out
-(default: the next free out/N): SPEC/log.csv (a row a step), SPEC/model.pt (the fp32 weights), SPEC/sample.txt,
-SPEC/run.json, and compare.csv and loss.png beside them; with --seeds SPEC lies in seed-N/.
+Bytes are tokens. A run writes OUT/SPEC/log.csv (a row a step), model.pt (fp32 weights), sample.txt and run.json, then
+OUT/compare.csv and loss.png; with --seeds SPEC lies in OUT/seed-N/. Without --out, OUT is the next free out/N.
 """
 import argparse
 import contextlib
@@ -57,9 +56,6 @@ class Preset(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("batch", "accumulate", "steps", "val_every", "val_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr} must be positive and finite")
 
@@ -72,9 +68,9 @@ PRESETS = {
     "tiny": Preset(n_layers=2, d_model=128, n_heads=4, d_expert=128, n_experts=4, top_k=2, seq_len=128, batch=8,
                    accumulate=1, steps=300, lr=2e-3, val_every=100, val_batches=64),
     "small": Preset(n_layers=4, d_model=1024, n_heads=8, d_expert=1024, n_experts=8, top_k=2, seq_len=512, batch=32,
-                    accumulate=1, steps=1000, lr=7e-4, val_every=250, val_batches=64),
+                    accumulate=1, steps=800, lr=8e-4, val_every=200, val_batches=64),
     "h100": Preset(n_layers=3, d_model=2048, n_heads=16, d_expert=2048, n_experts=16, top_k=4, seq_len=1024, batch=16,
-                   accumulate=2, steps=700, lr=4e-4, val_every=175, val_batches=64),
+                   accumulate=2, steps=700, lr=5e-4, val_every=175, val_batches=64),
 }
 BALANCE = 0.1                               # weight of the load-balancing loss: runs are short, routing must even out
 CLIP, WARMUP = 1.0, 0.1                     # largest gradient norm; share of the steps
@@ -94,13 +90,13 @@ def recipe_of(spec: str) -> Recipe:
 
 def read_corpus(path: str | None) -> tuple[list[bytes], str]:
     """The texts of a file, of a folder's text files, or of torch's own source; and what it is. Raises ValueError."""
-    if path is None:                                            # version.py differs between the builds of one version
-        root, what = Path(torch.__file__).parent, f"the Python source of torch {torch.__version__.split('+')[0]}"
-        wanted = lambda name: name.endswith(".py") and name != "version.py"
-    else:
-        root, what, wanted = Path(path), path, lambda name: not name.startswith(".")
-        if not path or not root.exists():
-            raise ValueError(f"--data {path!r} does not exist: name a text file or a folder of them")
+    own = path is None                                          # version.py differs between the builds of one version
+    root = Path(torch.__file__).parent if own else Path(path)
+    if path == "" or not root.exists():
+        raise ValueError(f"--data {path!r} does not exist: name a text file or a folder of them")
+
+    def wanted(name: str) -> bool:
+        return name.endswith(".py") and name != "version.py" if own else not name.startswith(".")
 
     def refuse(error: OSError):
         raise ValueError(f"--data: cannot read {error.filename!r} ({error.strerror}); name files you may read")
@@ -108,16 +104,14 @@ def read_corpus(path: str | None) -> tuple[list[bytes], str]:
         Path(folder, name) for folder, _, names in os.walk(root, onerror=refuse) for name in names
         if wanted(name) and os.path.isfile(os.path.join(folder, name))              # no pipes, no dangling links
         and not any(part.startswith((".", "__pycache__")) for part in Path(folder).relative_to(root).parts))
-    texts = []
-    for name in names:
-        try:
-            text = name.read_bytes()
-        except OSError as error:
-            refuse(error)
-        texts += [text] if text and (root.is_file() or b"\0" not in text) else []    # binary files are no text
+    try:
+        texts = [name.read_bytes() for name in names]
+    except OSError as error:
+        refuse(error)
+    texts = [text for text in texts if text and (root.is_file() or b"\0" not in text)]      # binary files are no text
     if not texts:
         raise ValueError(f"--data {str(root)!r} holds no text: name a text file or a folder of them")
-    return texts, what
+    return texts, f"the Python source of torch {torch.__version__.split('+')[0]}" if own else path
 
 
 def split_corpus(texts: list[bytes], seq_len: int) -> tuple[Tensor, Tensor, str]:
@@ -135,8 +129,7 @@ def split_corpus(texts: list[bytes], seq_len: int) -> tuple[Tensor, Tensor, str]
     train, val = b"".join(kept), b"".join(held)
     for name, text in (("training", train), ("validation", val)):
         if len(text) <= seq_len:
-            raise ValueError(f"--data is too short: {len(text)} bytes for {name}, one sequence needs seq_len + 1 = "
-                             f"{seq_len + 1}; give more text or a smaller --seq-len")
+            raise ValueError(f"--data is too short: {len(text)} bytes for {name}; give more than --seq-len {seq_len}")
     return *(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in (train, val)), how
 
 
@@ -173,6 +166,9 @@ class Run:
     folder: Path
     config: dict
 
+    def __str__(self) -> str:
+        return f"{self.spec}, seed {self.seed}"
+
     def write(self, row: dict | None) -> None:
         text = json.dumps({"config": self.config, "row": row})
         write_safely(self.folder / "run.json", lambda path: path.write_text(text))
@@ -208,14 +204,12 @@ def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
     different = [f"{key} ({there.get(key)!r} there, {now.get(key)!r} now)" for key in sorted({*there, *now})
                  if there.get(key) != now.get(key) and not (resume and key == "source")]
     if different:
-        raise ValueError(f"{where} a run of another configuration: {', '.join(different)}; give another --out, or "
-                         "--overwrite")
+        raise ValueError(f"{where} another configuration: {', '.join(different)}; give another --out, or --overwrite")
     if found["row"] is None and not resume:
         raise ValueError(f"{where} an unfinished run: go on with --resume, or --overwrite it")
     check_weights(run.folder / "checkpoint.pt")
     if there["source"] != now["source"]:
-        print(f"warning: the source was edited since {run.folder} was begun; it goes on with the code as it is now",
-              file=sys.stderr)
+        print(f"warning: the source was edited since {run.folder} was begun: it goes on as edited", file=sys.stderr)
 
 
 def source_hash() -> str:
@@ -237,22 +231,18 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 class Log:
-    """The rows of log.csv and the time that training takes. Numbers stay on the device until `rows`: reading one would
-    wait for the GPU."""
+    """log.csv and the time that training takes. Numbers stay on the device until `write`: reading one waits for the
+    GPU. `times`: (steps, seconds) between writes."""
 
-    def __init__(self, preset: Preset, device: str):
-        self.preset, self.device, self.pending, self.times = preset, device, [], []         # times: (steps, seconds)
+    def __init__(self, path: Path, preset: Preset, device: str):
+        self.path, self.preset, self.device, self.pending, self.times = path, preset, device, [], []
 
-    def now(self) -> float:
+    def lap(self) -> float:
+        """Seconds since the last call, with the work that was queued."""
         if self.device == "cuda":
-            torch.cuda.synchronize()                                                        # queued work counts
-        return time.perf_counter()
-
-    def start_clock(self) -> None:
-        self.started = self.now()
-
-    def stop_clock(self) -> None:
-        self.times.append((len(self.pending), self.now() - self.started))
+            torch.cuda.synchronize()
+        before, self.time = getattr(self, "time", 0.0), time.perf_counter()
+        return self.time - before
 
     def tokens_per_s(self) -> float:
         """Without the first steps, which compile."""
@@ -262,27 +252,28 @@ class Log:
     def add(self, step: int, values: Tensor) -> None:
         self.pending.append((step, values))
 
-    def rows(self, model: GPT, val_loss: float) -> list[dict]:
-        """The pending steps, the last of them with `val_loss`. `not_finite` names the first tensor found so."""
+    def write(self, model: GPT, seconds: float, val_loss: float) -> float:
+        """The pending steps, which took `seconds`, the last with `val_loss`; its loss. Raises FloatingPointError."""
         names = [f"gradient of {name}" for name, _ in model.named_parameters()]
-        (steps, seconds), rows = self.times[-1], []
+        speed, rows = f"{len(self.pending) * self.preset.tokens_per_step / seconds:.1f}", []
         for step, values in self.pending:
             loss, balance, norm, bad, *load = values.tolist()
             broken = "loss" if not math.isfinite(loss) else "" if math.isfinite(norm) else names[-1 - int(bad)]
-            rows.append(dict(step=step, loss=f"{loss:.6f}", val_loss=math.nan,
-                             tokens_per_s=f"{steps * self.preset.tokens_per_step / seconds:.1f}",
+            rows.append(dict(step=step, loss=f"{loss:.6f}", val_loss=math.nan, tokens_per_s=speed,
                              lr=f"{learning_rate(step, self.preset):.3e}", grad_norm=f"{norm:.4f}", not_finite=broken,
                              balance=f"{balance:.4f}", **{f"load_{e}": f"{x:.4f}" for e, x in enumerate(load)}))
         rows[-1]["val_loss"] = f"{val_loss:.6f}"
+        append(self.path, rows)
+        self.times.append((len(self.pending), seconds))
         self.pending.clear()
-        return rows
+        for row in rows:
+            if row["not_finite"]:
+                raise FloatingPointError(f"the {row['not_finite']} of step {row['step']} is not finite; lower --lr")
+        return loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the probe: what quantization and the transpose do to the four tensors of every layer
-
-PROBED = ["step", "layer", "tensor", "amax", "binades", "underflow", "sqnr_direct", "sqnr_requant"]
-
 
 def four_tensors(experts, x: Tensor, probs: Tensor, plan: Plan, dy: Tensor) -> dict[str, Tensor]:
     """X, A, dY, dH of one expert layer in bf16, [M, ...], zeros in the padding."""
@@ -311,7 +302,7 @@ def look_at(t: Tensor, plan: Plan) -> dict[str, float]:
 
 
 def probe(trainer) -> list[dict]:
-    """One extra micro-batch, whose gradients are dropped; a row of PROBED a layer and tensor."""
+    """One extra micro-batch, whose gradients are dropped; a row for each layer and tensor."""
     seen = []
 
     def look(experts, inputs, y):
@@ -329,22 +320,20 @@ def probe(trainer) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # one run
 
-class Stop:
-    """The first Ctrl-C, SIGTERM or SIGHUP ends the run after the step it is in, a second one at once."""
-    asked: str | None = None
-
-    def __enter__(self):
-        heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-        self.before = {s: signal.signal(s, self.hear) for s in heard}               # nohup ignores SIGHUP
-        return self
-
-    def hear(self, number, frame):
-        if self.asked:
+@contextlib.contextmanager
+def stop_signals():
+    """Names the signals heard, in a list: the first Ctrl-C, SIGTERM or SIGHUP ends the run after the step it is in, a
+    second one at once."""
+    def hear(number, frame):
+        if asked:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
+        asked.append(signal.Signals(number).name)
+    asked, signals = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {s: signal.signal(s, hear) for s in signals if signal.getsignal(s) != signal.SIG_IGN}     # as nohup does
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -404,13 +393,6 @@ class Trainer:
         load = torch.stack([moe.load for moe in self.model.moes]).mean(0)
         return torch.cat([losses, norms.norm()[None], bad[None], load])
 
-    def casts(self) -> list:
-        """The explicit casts of all layers, measured on a micro-batch that trains nothing."""
-        with count_casts() as casts:
-            self.micro_batch(torch.Generator().manual_seed(0))
-        self.optimizer.zero_grad()
-        return casts
-
     def save(self) -> None:
         lengths = {path.name: path.stat().st_size for path in self.run.folder.glob("*.csv")}
         write_safely(self.checkpoint, lambda path: torch.save({
@@ -431,90 +413,72 @@ class Trainer:
         for path in self.run.folder.glob("*.csv"):
             os.truncate(path, saved["lengths"].get(path.name, 0))
 
-    def memory(self) -> str:
-        """The peak of the GPU's memory, and what it consists of, in GB."""
-        def size(tensors) -> float:
-            return sum(t.numel() * t.element_size() for t in tensors) / 1e9
-        peak, weights = torch.cuda.max_memory_allocated() / 1e9, size(self.model.parameters())
-        copies = size(kernels._leaves(tuple(moe.experts.operands for moe in self.model.moes)))
-        moments = size(t for state in self.optimizer.state.values() for t in state.values())
-        rest = peak - 2 * weights - moments - copies
-        return (f"  peak memory {peak:.2f} GB: weights {weights:.2f}, copies for the experts' GEMMs {copies:.2f}, "
-                f"gradients {weights:.2f}, optimizer {moments:.2f}, activations and the rest {rest:.2f}")
+    def peak_memory(self) -> float:
+        """In GB, with a line that says what it consists of; nan on a CPU."""
+        if self.device == "cpu":
+            return math.nan
+        weights = list(self.model.parameters())
+        parts = {"weights": weights, "gradients": weights,
+                 "optimizer": [t for state in self.optimizer.state.values() for t in state.values()],
+                 "copies of weights for GEMMs": kernels.leaves(tuple(moe.experts.operands for moe in self.model.moes))}
+        sizes = {name: sum(t.nbytes for t in tensors) / 1e9 for name, tensors in parts.items()}
+        sizes["activations and the rest"] = (peak := torch.cuda.max_memory_allocated() / 1e9) - sum(sizes.values())
+        print(f"  peak memory {peak:.2f} GB: " + ", ".join(f"{name} {size:.2f}" for name, size in sizes.items()))
+        return peak
 
 
-def describe(trainer: Trainer, casts: list) -> None:
-    preset, (total, active) = trainer.preset, trainer.model.parameter_counts()
-    flops = 6 * active + 6 * preset.n_layers * preset.d_model * preset.seq_len
-    print("  " + ", ".join(f"{k}={v}" for k, v in asdict(recipe_of(trainer.run.spec)).items()))
-    print(f"  {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token, {flops / 1e6:.0f} MFLOP a token, "
-          f"{preset.tokens_per_step} tokens a step")
-    names = ", ".join(dict.fromkeys(f"{launch.cast}({launch.tensor})" for launch in casts))
-    print(f"  {len(casts) // preset.n_layers} explicit casts a layer: {names or 'none'}")
-
-
-def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, stop: Stop) -> dict:
+def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, stop: list) -> dict:
     """Train one model, from its checkpoint if there is one; write its log, weights and sample; return its table row.
 
     Raises KeyboardInterrupt when asked to stop, FloatingPointError.
     """
-    print(f"\n{run.spec}, seed {run.seed}")
+    print(f"\n{run}")
     trainer = Trainer(run, preset, train_text, args)
-    casts = trainer.casts()
-    describe(trainer, casts)
+    with count_casts() as casts:                                    # measured on a micro-batch that trains nothing
+        trainer.micro_batch(torch.Generator().manual_seed(0))
+    trainer.optimizer.zero_grad()
+    (total, active), names = trainer.model.parameter_counts(), [f"{launch.cast}({launch.tensor})" for launch in casts]
+    print(f"  {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M for a token; {preset.tokens_per_step} tokens a step; "
+          f"{len(casts) // preset.n_layers} explicit casts a layer: {', '.join(dict.fromkeys(names)) or 'none'}")
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write(None)
     trainer.load()
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    log, val_loss = Log(preset, args.device), math.nan
+    log, val_loss = Log(run.folder / "log.csv", preset, args.device), math.nan
     with tqdm(total=preset.steps, initial=trainer.step, desc=run.spec, unit="step", dynamic_ncols=True,
               disable=sys.stderr is None) as bar:
-        log.start_clock()
+        log.lap()
         while trainer.step < preset.steps:
             log.add(trainer.step, trainer.train_step())
             bar.update()
-            due = what_is_due(trainer.step, preset, args, stop)
+            due = what_is_due(trainer.step, preset, args, bool(stop))
             if due:
-                log.stop_clock()                                    # what is due is no training time
+                seconds, new = log.lap(), math.nan                  # what is due is no training time
                 if "validation" in due:
-                    val_loss = validate(trainer.model, val_text, preset)
-                rows = log.rows(trainer.model, val_loss if "validation" in due else math.nan)
-                append(run.folder / "log.csv", rows)
-                refuse_non_finite(rows)
-                bar.set_postfix(loss=rows[-1]["loss"], val=f"{val_loss:.3f}")
+                    new = val_loss = validate(trainer.model, val_text, preset)
+                bar.set_postfix(loss=f"{log.write(trainer.model, seconds, new):.3f}", val=f"{val_loss:.3f}")
                 if "probe" in due:
                     append(run.folder / "probe.csv", probe(trainer))
                 if "checkpoint" in due:
                     trainer.save()
-                log.start_clock()
-            if stop.asked and trainer.step < preset.steps:
-                raise KeyboardInterrupt(f"stopped by {stop.asked} after step {trainer.step} of {preset.steps} of "
-                                        f"{run.spec}, seed {run.seed}")
+                log.lap()
+            if stop and trainer.step < preset.steps:
+                raise KeyboardInterrupt(f"stopped by {stop[0]} after step {trainer.step} of {preset.steps} of {run}")
     row = dict(recipe=run.spec, casts=len(casts) // preset.n_layers, val_loss=val_loss, seed=run.seed,
-               tokens_per_s=log.tokens_per_s(),
-               peak_mem_gb=torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else math.nan)
+               tokens_per_s=log.tokens_per_s(), peak_mem_gb=trainer.peak_memory())
     print(f"  val loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s; in {run.folder}")
-    if args.device == "cuda":
-        print(trainer.memory())
     finish(trainer, row, args)
     return row
 
 
-def what_is_due(step: int, preset: Preset, args, stop: Stop) -> set[str]:
+def what_is_due(step: int, preset: Preset, args, stopping: bool) -> set[str]:
     """What comes after so many steps: "log", "validation", "probe", "checkpoint"."""
     last = step == preset.steps
-    due = {"log"} if last or stop.asked or step % LOG_EVERY == 0 else set()
-    due |= {"log", "validation"} if last or step % preset.val_every == 0 else set()
-    due |= {"log", "probe"} if args.probe and step % args.probe == 0 else set()
-    keep = args.checkpoint == "last" and not last and (stop.asked or "validation" in due)
-    return due | {"checkpoint"} if keep else due
-
-
-def refuse_non_finite(rows: list[dict]) -> None:
-    for row in rows:
-        if row["not_finite"]:
-            raise FloatingPointError(f"the {row['not_finite']} of step {row['step']} is not finite; lower --lr")
+    due = {"validation"} if last or step % preset.val_every == 0 else set()
+    due |= {"probe"} if args.probe and step % args.probe == 0 else set()
+    due |= {"checkpoint"} if args.checkpoint == "last" and not last and (stopping or "validation" in due) else set()
+    return due | {"log"} if due or stopping or step % LOG_EVERY == 0 else due
 
 
 def finish(trainer: Trainer, row: dict, args) -> None:
@@ -538,20 +502,19 @@ def check_weights(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # comparison
 
-HEADER = ["recipe", "casts", "val_loss", "delta_pct", "tokens_per_s", "speedup", "peak_mem_gb"]
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
          2.120, 2.110, 2.101, 2.093, 2.086)     # Student's t, two-sided 95%, for 1, 2, ... 20 degrees of freedom
 
 
-def table(rows: list[dict]) -> list[list[str]]:
-    """compare.csv's cells; delta and speed-up are against bf16 on the same seed, nan where it did not run."""
-    cells = []
+def table(rows: list[dict]) -> list[dict]:
+    """compare.csv's rows; delta and speed-up are against bf16 on the same seed, nan where it did not run."""
+    bases, cells = {row["seed"]: row for row in rows if row["recipe"] == "bf16"}, []
     for row in rows:
-        base = next((r for r in rows if r["recipe"] == "bf16" and r["seed"] == row["seed"]), {})
-        delta = 100 * (row["val_loss"] / base.get("val_loss", math.nan) - 1)
-        speedup = row["tokens_per_s"] / base.get("tokens_per_s", math.nan)
-        cells.append([row["recipe"], str(row["casts"]), f"{row['val_loss']:.4f}", f"{delta:+.3f}",
-                      f"{row['tokens_per_s']:.0f}", f"{speedup:.3f}", f"{row['peak_mem_gb']:.2f}"])
+        base = bases.get(row["seed"], dict(val_loss=math.nan, tokens_per_s=math.nan))
+        delta, speedup = 100 * (row["val_loss"] / base["val_loss"] - 1), row["tokens_per_s"] / base["tokens_per_s"]
+        cells.append(dict(recipe=row["recipe"], casts=row["casts"], val_loss=f"{row['val_loss']:.4f}",
+                          delta_pct=f"{delta:+.3f}", tokens_per_s=f"{row['tokens_per_s']:.0f}",
+                          speedup=f"{speedup:.3f}", peak_mem_gb=f"{row['peak_mem_gb']:.2f}", seed=row["seed"]))
     return cells
 
 
@@ -582,26 +545,27 @@ def summary(rows: list[dict]) -> list[str]:
 def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tensor, args) -> int:
     """Train what is not finished yet; the table after each run. Returns how many failed. Raises KeyboardInterrupt."""
     failures = 0
-    with Stop() as stop:
+    with stop_signals() as stop:
         for run in runs:
             if (read_run(run.folder) or {}).get("row"):
-                print(f"\n{run.spec}, seed {run.seed}: finished before, reused from {run.folder}")
+                print(f"\n{run}: finished before, reused from {run.folder}")
                 continue
             try:
                 train(run, preset, train_text, val_text, args, stop)
             except FloatingPointError as error:
-                print(f"train.py: {run.spec}, seed {run.seed}: {error}", file=sys.stderr)
+                print(f"train.py: {run}: {error}", file=sys.stderr)
                 failures += 1
             write_table(args)
             gc.collect()                                                # one run's weights go before the next ones come
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
-            if stop.asked and run is not runs[-1]:
-                raise KeyboardInterrupt(f"stopped by {stop.asked} when {run.spec}, seed {run.seed} had ended")
+            torch.cuda.empty_cache()
+            if stop and run is not runs[-1]:
+                raise KeyboardInterrupt(f"stopped by {stop[0]} when {run} had ended")
     rows = write_table(args)
-    lines = [f"{cells[0]:>36}" + "".join(f"{cell:>14}" for cell in cells[1:]) for cells in [HEADER, *table(rows)]]
-    chaos = ["  One seed: differences of this size are chaos, not evidence; --seeds gives intervals."]
-    print("", *lines, "", *(summary(rows) if args.many else chaos), sep="\n")
+    for i, row in enumerate(table(rows)):
+        for spec, *cells in [row.keys()] * (i == 0) + [row.values()]:
+            print(f"{spec:>36}" + "".join(f"{cell:>14}" for cell in cells))
+    chaos = "  One seed: differences of this size are chaos, not evidence; --seeds gives intervals."
+    print("", *(summary(rows) if args.many else [chaos]), sep="\n")
     if args.ablate:
         print("  The order of the rungs decides which of them gets the credit for what two do together.")
     draw_losses([run for run in runs if (run.folder / "log.csv").exists()], args.out)
@@ -614,10 +578,8 @@ def write_table(args) -> list[dict]:
     found = map(read_run, args.out.glob("seed-*/*" if args.many else "*"))
     rows = [run["row"] for run in found if run and run["row"] and args.same.items() <= run["config"].items()]
     rows.sort(key=lambda row: (row["seed"], [*args.specs, row["recipe"]].index(row["recipe"]), row["recipe"]))
-    lines = [HEADER + ["seed"] * args.many]
-    lines += [cells + [str(row["seed"])] * args.many for row, cells in zip(rows, table(rows))]
-    text = "".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) + "\r\n" for line in lines)
-    write_safely(args.out / "compare.csv", lambda path: path.write_text(text, newline=""))
+    if rows:
+        write_safely(args.out / "compare.csv", lambda path: append(path, table(rows)))
     return rows
 
 
@@ -627,23 +589,22 @@ def draw_losses(runs: list[Run], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def smooth(curve: list[float], window: int) -> list[float]:
-        return [statistics.mean(curve[max(0, i - window + 1):i + 1]) for i in range(len(curve))]
+    def smooth(curve: list[float]) -> Tensor:
+        """The mean over the twentieth of the run before each step."""
+        return torch.tensor(curve).unfold(0, window, 1).mean(1)
     losses = {(run.spec, run.seed): [float(row["loss"]) for row in read_rows(run.folder / "log.csv")] for run in runs}
+    window = max(1, min(map(len, losses.values()), default=1) // 20)
     figure, (above, below) = plt.subplots(2, figsize=(7, 6), sharex=True, layout="constrained", height_ratios=(2, 1))
     for color, spec in enumerate(dict.fromkeys(spec for spec, _ in losses)):
         curves = {seed: curve for (name, seed), curve in losses.items() if name == spec}
-        window = max(1, min(map(len, curves.values())) // 20)
-        mean = [statistics.mean(step) for step in zip(*curves.values())]
-        above.plot(mean, label=spec, linewidth=1, color=f"C{color}")
-        pairs = [[100 * (a / b - 1) for a, b in zip(smooth(curve, window), smooth(losses["bf16", seed], window))]
-                 for seed, curve in curves.items() if ("bf16", seed) in losses]
+        above.plot([statistics.mean(step) for step in zip(*curves.values())], f"C{color}", label=spec, linewidth=1)
+        pairs = [(100 * (smooth(curve) / smooth(losses["bf16", seed]) - 1)).tolist() for seed, curve in curves.items()
+                 if len(losses.get(("bf16", seed), [])) == len(curve)]
         if pairs and spec != "bf16":
-            bands = [interval(list(step)) for step in zip(*pairs)]
-            below.plot([m for m, _ in bands], linewidth=1, color=f"C{color}")
-            if len(pairs) > 1:
-                below.fill_between(range(len(bands)), [m - h for m, h in bands], [m + h for m, h in bands], alpha=0.2,
-                                   color=f"C{color}", linewidth=0)
+            mean, half = map(torch.tensor, zip(*(interval(list(step)) for step in zip(*pairs))))
+            steps = range(window - 1, window - 1 + len(mean))
+            below.plot(steps, mean, f"C{color}", linewidth=1)
+            below.fill_between(steps, mean - half, mean + half, color=f"C{color}", alpha=0.2, linewidth=0)
     above.set(ylabel="training loss (nats a byte)")
     above.legend()
     below.set(xlabel="step", ylabel="difference to bf16, %")
@@ -667,7 +628,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     what.add_argument("--sample", metavar="OUT/SPEC", help="continue --prompt with a model that was trained")
     parser.add_argument("--prompt", default="def ", help="the text that --sample continues (default: %(default)r)")
     parser.add_argument("--preset", choices=PRESETS, help="default: h100; small below 40 GB, tiny without a GPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda where there is one")
     parser.add_argument("--data", metavar="PATH", help="a text file or folder (default: torch's own Python source)")
     parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--seeds", metavar="N|A,B,..", help="several: 3 is 0, 1, 2; 0,5 is 0 and 5")
@@ -688,6 +650,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         if field.name != "vocab":                           # bytes are bytes
             sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type)
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    if args.probe is not None and args.probe < 1:
+        parser.error(f"--probe {args.probe} must be at least 1: the steps between two looks")
     args.parser = parser
     return args
 
@@ -703,8 +669,7 @@ def specs_of(args) -> list[str]:
     flipped = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
     if args.ablate or args.compare is not None:
         if flipped:
-            raise ValueError(f"--{next(iter(flipped))} is for one run: write it into a spec, as in --compare "
-                             f"flow,{'='.join(next(iter(flipped.items())))}")
+            raise ValueError(f"--{next(iter(flipped))} is for one run: write it into the specs of --compare")
         given = list(LADDER) if args.ablate else args.compare or list(RECIPES)
     else:
         spec = args.recipe or "flow"
@@ -735,72 +700,53 @@ def seeds_of(args) -> list[int]:
     return seeds
 
 
-def device_of(args) -> str:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def preset_of(args) -> tuple[str, Preset]:
     """The preset for this machine, with what the command line changes. Raises ValueError."""
-    args.device = device_of(args)
     memory = torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fits = "h100" if memory > 40e9 else "small"
     if args.device == "cpu" or not kernels.use_kernels(torch.empty(0, device=args.device)):
         fits = "tiny"                                       # the twins
-    if args.probe is not None and args.probe < 1:
-        raise ValueError(f"--probe {args.probe} must be at least 1: the steps between two looks")
     name = args.preset or fits
     changed = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name, None) is not None}
     preset = replace(PRESETS[name], **changed)
     layer = 4 * preset.d_model ** 2 + 3 * preset.n_experts * preset.d_model * preset.d_expert
     needed = 16 * (preset.n_layers * layer + 2 * preset.vocab * preset.d_model)     # fp32: weight, gradient, moments
     if needed > memory:
-        raise ValueError(f"n_layers={preset.n_layers}, d_model={preset.d_model}, d_expert={preset.d_expert}, n_experts="
-                         f"{preset.n_experts}: weights and optimizer need {needed / 1e9:,.0f} GB, "
-                         f"{args.device} has {memory / 1e9:,.0f} GB: make it smaller")
+        sizes = ", ".join(f"{n}={getattr(preset, n)}" for n in ("n_layers", "d_model", "d_expert", "n_experts"))
+        raise ValueError(f"{sizes}: the optimizer needs {needed / 1e9:,.0f} GB of {memory / 1e9:,.0f}: take less")
     if PRESETS[name].d_model > PRESETS[fits].d_model:
         print(f"warning: preset {name} is made for a larger machine than this: {fits} fits", file=sys.stderr)
     return name, preset
 
 
 def out_of(args) -> Path | None:
-    """--out as a folder that can be written, None for the next free one. Raises ValueError."""
+    """--out as a folder, None for the next free one. Raises ValueError."""
     if args.out is None and (args.resume or args.overwrite):
         raise ValueError(f"--{'resume' if args.resume else 'overwrite'} needs --out: name the folder")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with what --overwrite clears: give one of them")
+    if args.out == "":
+        raise ValueError("--out '' is no folder: name one")
     out = Path("out" if args.out is None else args.out)
-    try:
-        parent = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
-        usable = args.out != "" and parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
-    except OSError:                                             # a name that is too long
-        usable = False
-    if not usable or (out / "lock").is_dir():
-        raise ValueError(f"--out {str(out) if args.out else ''!r} cannot be written: name a folder of yours")
     if args.data and Path(args.data).is_dir() and out.resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--out {str(out)!r} lies inside --data: what a run writes would be data, name another folder")
     return None if args.out is None else out
 
 
-def next_free(parent: Path) -> Path:
-    """parent/1, parent/2, ...: the first that is not there, made."""
-    for folder in (parent / str(number) for number in itertools.count(1)):
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
-
-
-def lock(out: Path):
-    """A file whose lock is held while this process lives. Raises ValueError if another has it."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / "lock", "a")
+def claim(out: Path | None):
+    """The folder, made, and a file whose lock is held while open. None: the next free out/N. Raises ValueError."""
     try:
+        if out is None:
+            out = next(free for n in itertools.count(1) if not (free := Path("out", str(n))).exists())
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "lock", "a")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"--out {str(out)!r}: another process trains there; name another folder") from None
-    return file
+    except OSError as error:
+        raise ValueError(f"--out {str(out)!r} cannot be written ({error.strerror}): name a folder of yours") from None
+    return out, file
 
 
 def clear(out: Path) -> None:
@@ -818,13 +764,11 @@ def sample(args) -> None:
         raise ValueError(f"--sample {args.sample!r} holds no model.pt: name a run's folder, as in out/1/flow")
     if not args.prompt:
         raise ValueError("--prompt '' is empty: give at least one character")
-    device, (seed, *_) = device_of(args), seeds_of(args)
     check_weights(path)
-    saved = torch.load(path, map_location=device, weights_only=True)
-    model = GPT(Preset(**saved["preset"]), recipe_of(saved["spec"])).to(device)
+    saved = torch.load(path, map_location=args.device, weights_only=True)
+    model = GPT(Preset(**saved["preset"]), recipe_of(saved["spec"])).to(args.device)
     model.load_state_dict(saved["model"])
-    text = model.generate(os.fsencode(args.prompt), 400, seed)
-    print(text.decode("utf-8", "replace"))
+    print(model.generate(os.fsencode(args.prompt), 400, seeds_of(args)[0]).decode("utf-8", "replace"))
 
 
 def main(argv=None) -> int:
@@ -839,8 +783,7 @@ def main(argv=None) -> int:
         texts, what = read_corpus(args.data)
         train_text, val_text, how = split_corpus(texts, preset.seq_len)
         digest = hashlib.sha256(b"|".join(text.numpy().tobytes() for text in (train_text, val_text))).hexdigest()[:12]
-        args.out, args.many = out or next_free(Path("out")), args.seeds is not None
-        held = lock(args.out)
+        (args.out, held), args.many = claim(out), args.seeds is not None        # held until this function returns
         machine = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         args.same = dict(asdict(preset), data=digest, source=source_hash(), torch=str(torch.__version__),
                          triton=triton.__version__, machine=machine, deterministic=args.deterministic,
@@ -868,11 +811,9 @@ def main(argv=None) -> int:
     except KeyboardInterrupt as stopped:
         again = [arg for arg in argv or sys.argv[1:] if arg not in ("--resume", "--overwrite")] + ["--resume"]
         again += [] if out else ["--out", str(args.out)]
-        print(f"train.py: {stopped or 'stopped at once'}; go on with: python train.py {shlex.join(again)}",
+        print(f"train.py: {str(stopped) or 'stopped at once'}; go on with: python train.py {shlex.join(again)}",
               file=sys.stderr)
         return 130
-    finally:
-        held.close()
     return int(failures > 0)
 
 

@@ -375,8 +375,7 @@ def cast_weights(w1: Tensor, w2: Tensor, recipe: Recipe) -> tuple:
     """The masters [E, N, K] -> what the GEMMs read: (W, W^T) in FP8 of each, or each in bf16."""
     if recipe.precision == "bf16":
         return w1.detach().bfloat16(), w2.detach().bfloat16()
-    return (named("W1", kernels.quantize_weight(w1.detach(), recipe.scales)),
-            named("W2", kernels.quantize_weight(w2.detach(), recipe.scales)))
+    return tuple(named(n, kernels.quantize_weight(w.detach(), recipe.scales)) for n, w in (("W1", w1), ("W2", w2)))
 
 
 _optimizer_steps = [0]

@@ -1014,15 +1014,16 @@ def _consumer(half: gl.constexpr, a_scale, b_scale, out, buffers, ring, problem,
 
 @gluon.jit
 def _store(x, out, row, col, half: gl.constexpr, buffers):
-    """x [64, C] in pieces of 128 bytes a row, through a consumer's two buffers in turns."""
+    """x [64, C] in pieces as wide as the copy engine's box, through a consumer's buffers in turns."""
     WIDTH: gl.constexpr = x.shape[1]
+    TURNS: gl.constexpr = buffers.shape[0] // 2
     if WIDTH > out.block_type.shape[1]:
         first, second = x.reshape([_HALF, 2, WIDTH // 2]).permute((0, 2, 1)).split()
         _store(first, out, row, col, half, buffers)
         _store(second, out, row, col + WIDTH // 2, half, buffers)
     else:
-        buffer = buffers.index(2 * half + col // WIDTH % 2)
-        tma.store_wait(1)                                   # the last but one has been read from this buffer
+        buffer = buffers.index(TURNS * half + col // WIDTH % TURNS)
+        tma.store_wait(TURNS - 1)                           # the last store has been read from this buffer
         buffer.store(x.to(out.dtype))
         hopper.fence_async_shared()                         # ordinary writes, made visible to the copy engine
         _tma_store(out, [row, col], buffer)
@@ -1032,12 +1033,12 @@ def _store(x, out, row, col, half: gl.constexpr, buffers):
 def _hopper_gemm_kernel(a, b, out,                          # TMA descriptors of the same matrices as in level 2
                         a_scale, b_scale, tile_expert, ends, M, N, K, E,
                         WGRAD: gl.constexpr, A_PER: gl.constexpr, B_PER: gl.constexpr,
-                        STAGES: gl.constexpr, PROGRAMS: gl.constexpr):
+                        STAGES: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr):
     """Grid (PROGRAMS,), one on each multiprocessor, tile after tile. The same bits as level 2."""
     a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, _TILE, _TILE], a.layout)
     b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, _WIDE, _TILE], b.layout)
     scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, _WIDE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    buffers = gl.allocate_shared_memory(out.dtype, [4, _HALF, out.block_type.shape[1]], out.layout)    # two a consumer
+    buffers = gl.allocate_shared_memory(out.dtype, [BUFFERS, _HALF, out.block_type.shape[1]], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -1055,17 +1056,21 @@ def _hopper_gemm_kernel(a, b, out,                          # TMA descriptors of
     ], [4, 1], [232, 40])                                   # warps and registers a thread, of the last two roles
 
 
-def _tma(x: Tensor, rows: int) -> TensorDescriptor:
-    """A matrix [R, C] as the copy engine sees it, in boxes of rows x 128 bytes."""
-    box = rows, 128 // x.itemsize
+def _tma(x: Tensor, *box) -> TensorDescriptor:
+    """A matrix [R, C] as the copy engine sees it, in boxes."""
     return TensorDescriptor.from_tensor(x, list(box), _shared_layout(box, _GL[x.dtype]))
 
 
-def _hopper_options(b_per: int) -> dict:
-    """STAGES: as many as fit into Hopper's 227 KB of shared memory, 48 KB each, beside 32 KB of buffers for the stores
-    and b's scales, a ring that the compiler drops where nobody uses it. The launch counts 12 warps, the loader as four:
-    with 168 registers a thread they fill the register file."""
-    return dict(STAGES=4 if b_per == BLOCK else 3, num_warps=4, maxnreg=168)
+def _hopper_options(b_per: int, out_bytes: int) -> tuple[tuple[int, int], dict]:
+    """The box of a store and the kernel's constants.
+
+    BUFFERS for stores: in bf16 one of [64, 128] for each consumer, in fp32 two of [64, 32], which take turns. STAGES: as
+    many as fit beside them (32 KB) into Hopper's 227 KB of shared memory, 48 KB each, and beside b's scales, a ring
+    that the compiler drops where nobody uses it. The launch counts 12 warps, the loader as four: with 168 registers a
+    thread they fill the register file.
+    """
+    box = BLOCK // 2, BLOCK if out_bytes == 2 else BLOCK // 4
+    return box, dict(STAGES=4 if b_per == BLOCK else 3, BUFFERS=out_bytes, num_warps=4, maxnreg=168)
 
 
 def _launch_gemm(a: QTensor, b: QTensor, out: Tensor, tile_expert: Tensor, ends: Tensor) -> Tensor:
@@ -1075,9 +1080,9 @@ def _launch_gemm(a: QTensor, b: QTensor, out: Tensor, tile_expert: Tensor, ends:
     layout = dict(WGRAD=wgrad, A_PER=a.rows_per_scale, B_PER=b.rows_per_scale)
     if use_hopper_gemm(out):
         programs = torch.cuda.get_device_properties(out.device).multi_processor_count
-        descriptors = _tma(x, BLOCK), _tma(y, BLOCK), _tma(flat, BLOCK // 2)
-        _hopper_gemm_kernel[programs,](*descriptors, *scales, *indices, M, N, K, E, PROGRAMS=programs, **layout,
-                                       **_hopper_options(b.rows_per_scale))
+        box, options = _hopper_options(b.rows_per_scale, out.itemsize)
+        matrices = _tma(x, BLOCK, BLOCK), _tma(y, BLOCK, BLOCK), _tma(flat, *box)
+        _hopper_gemm_kernel[programs,](*matrices, *scales, *indices, M, N, K, E, PROGRAMS=programs, **layout, **options)
     else:
         _grouped_gemm_kernel[M // BLOCK, N // BLOCK, E if wgrad else 1](
             _bytes(x), _bytes(y), flat, *scales, *indices, M, N, K, TILE=BLOCK, num_warps=8, num_stages=3, **layout)

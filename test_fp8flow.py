@@ -508,11 +508,11 @@ cases = [(False, 1, 128, 2), (True, 128, 128, 2), (True, 128, 128, 4), (True, 1,
 for wgrad, a_per, b_per, out_bytes in cases:                # fprop and dgrad, wgrad, requantized wgrad; bf16 and fp32
     out, out_type = ("bf16", gl.bfloat16) if out_bytes == 2 else ("fp32", gl.float32)
     layout = dict(WGRAD=wgrad, A_PER=a_per, B_PER=b_per)
-    options = kernels._hopper_options(b_per)
+    box, options = kernels._hopper_options(b_per, out_bytes)
     types = dict(a=descriptor("fp8e4nv", gl.float8e4nv, BLOCK, BLOCK),
-                 out=descriptor(out, out_type, BLOCK // 2, 128 // out_bytes), **pointers)
+                 out=descriptor(out, out_type, *box), **pointers)
     report("hopper", 90, GluonASTSource, kernels._hopper_gemm_kernel, dict(types, b=types["a"]),
-           dict(layout, PROGRAMS=132, STAGES=options.pop("STAGES")), **options)
+           dict(layout, PROGRAMS=132, STAGES=options.pop("STAGES"), BUFFERS=options.pop("BUFFERS")), **options)
     for capability in (89, 90, 100, 120):
         types = dict(a="*u8", b="*u8", out="*" + out, **pointers)
         report("loop", capability, ASTSource, kernels._grouped_gemm_kernel, types, dict(layout, TILE=BLOCK),
@@ -791,7 +791,7 @@ def test_no_second_derivative():
 
 def held_by(ctx) -> list:
     """The attributes of an autograd context that hold activations or weights."""
-    return [name for name, value in vars(ctx).items() for t in kernels._leaves((value,)) if t.is_floating_point()]
+    return [name for name, value in vars(ctx).items() for t in kernels.leaves((value,)) if t.is_floating_point()]
 
 
 @pytest.mark.parametrize("spec", ["bf16", "naive", "flow", "flow,recompute=on"])
@@ -812,7 +812,7 @@ def test_a_step_leaves_no_graph_behind(monkeypatch):
     loss, balance = gpt(text[:, :-1], text[:, 1:])
     (loss + balance).backward()
     held = [name for module in gpt.modules() for name, value in vars(module).items()
-            for t in kernels._leaves((value,)) if t.grad_fn is not None]
+            for t in kernels.leaves((value,)) if t.grad_fn is not None]
     assert held == []
 
 

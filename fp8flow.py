@@ -220,8 +220,7 @@ def column_wise(q: QTensor, plan: Plan, recipe: Recipe) -> QTensor:
     """Row-wise FP8 [M, C] -> column-wise FP8 [C, M], for wgrad."""
     if recipe.transpose == "direct":
         return kernels.scaling_aware_transpose(q, None, plan.tile_expert)
-    x = kernels.dequantize(q, torch.bfloat16)
-    return kernels.quantize(kernels.transpose(x), recipe.scales)
+    return kernels.quantize(kernels.transpose(kernels.dequantize(q, torch.bfloat16)), recipe.scales)
 
 
 def permuted_column_wise(x: QTensor, plan: Plan, recipe: Recipe) -> QTensor:
@@ -414,6 +413,7 @@ class Experts(nn.Module):
         self.operands_of = self._weights_as_they_are()
         self.cast_from = self.w1.detach(), self.w2.detach()         # alive, so that no others can get their addresses
 
+    @torch.compiler.disable                             # what is compiled around the experts ends here
     def forward(self, x: Tensor, probs: Tensor, plan: Plan) -> Tensor:
         """x [T, D] bf16, probs [T, k] fp32, the plan of the T tokens' experts -> [T, D] bf16. Raises ValueError."""
         T, k = plan.slot.shape

@@ -1064,10 +1064,10 @@ def _tma(x: Tensor, *box) -> TensorDescriptor:
 def _hopper_options(b_per: int, out_bytes: int) -> tuple[tuple[int, int], dict]:
     """The box of a store and the kernel's constants.
 
-    BUFFERS for stores: in bf16 one of [64, 128] for each consumer, in fp32 two of [64, 32], which take turns. STAGES: as
-    many as fit beside them (32 KB) into Hopper's 227 KB of shared memory, 48 KB each, and beside b's scales, a ring
-    that the compiler drops where nobody uses it. The launch counts 12 warps, the loader as four: with 168 registers a
-    thread they fill the register file.
+    BUFFERS for stores: in bf16 one of [64, 128] for each consumer, in fp32 two of [64, 32], which take turns.
+    STAGES: as many as fit beside them (32 KB) into Hopper's 227 KB of shared memory, 48 KB each, and beside b's scales,
+    a ring that the compiler drops where nobody uses it. The launch counts 12 warps, the loader as four: with 168
+    registers a thread they fill the register file.
     """
     box = BLOCK // 2, BLOCK if out_bytes == 2 else BLOCK // 4
     return box, dict(STAGES=4 if b_per == BLOCK else 3, BUFFERS=out_bytes, num_warps=4, maxnreg=168)

@@ -73,7 +73,8 @@ PRESETS = {
                    accumulate=2, steps=700, lr=5e-4, val_every=175, val_batches=64),
 }
 BALANCE = 0.1                               # weight of the load-balancing loss: runs are short, routing must even out
-CLIP, WARMUP = 1.0, 0.1                     # largest gradient norm; share of the steps
+CLIP = 1.0                                  # largest gradient norm
+WARMUP, LEVEL = 0.1, 0.2                    # shares of the steps: where the learning rate rises, and where it is level
 LOG_EVERY = 10                              # steps between reads of the loss from the device
 HELD_OUT = 20                               # one byte in so many is for validation
 ARMS = {"bf16-nudged": "bf16", "flow-harmed": "flow"}      # recipes that test a comparison: see `interfere`
@@ -95,14 +96,12 @@ def read_corpus(path: str | None) -> tuple[list[bytes], str]:
     if path == "" or not root.exists():
         raise ValueError(f"--data {path!r} does not exist: name a text file or a folder of them")
 
-    def wanted(name: str) -> bool:
-        return name.endswith(".py") and name != "version.py" if own else not name.startswith(".")
-
     def refuse(error: OSError):
         raise ValueError(f"--data: cannot read {error.filename!r} ({error.strerror}); name files you may read")
     names = [root] if root.is_file() else sorted(
         Path(folder, name) for folder, _, names in os.walk(root, onerror=refuse) for name in names
-        if wanted(name) and os.path.isfile(os.path.join(folder, name))              # no pipes, no dangling links
+        if (name.endswith(".py") and name != "version.py" if own else not name.startswith("."))
+        and os.path.isfile(os.path.join(folder, name))                              # no pipes, no dangling links
         and not any(part.startswith((".", "__pycache__")) for part in Path(folder).relative_to(root).parts))
     try:
         texts = [name.read_bytes() for name in names]
@@ -169,9 +168,13 @@ class Run:
     def __str__(self) -> str:
         return f"{self.spec}, seed {self.seed}"
 
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
     def write(self, row: dict | None) -> None:
-        text = json.dumps({"config": self.config, "row": row})
-        write_safely(self.folder / "run.json", lambda path: path.write_text(text))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_safely(self.folder / "run.json", lambda p: p.write_text(json.dumps({"config": self.config, "row": row})))
 
 
 def read_run(folder: Path) -> dict | None:
@@ -207,7 +210,8 @@ def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"{where} another configuration: {', '.join(different)}; give another --out, or --overwrite")
     if found["row"] is None and not resume:
         raise ValueError(f"{where} an unfinished run: go on with --resume, or --overwrite it")
-    check_weights(run.folder / "checkpoint.pt")
+    if run.checkpoint.exists() and not zipfile.is_zipfile(run.checkpoint):      # what torch.save writes
+        raise ValueError(f"{str(run.checkpoint)!r} is damaged: delete it to start over")
     if there["source"] != now["source"]:
         print(f"warning: the source was edited since {run.folder} was begun: it goes on as edited", file=sys.stderr)
 
@@ -215,11 +219,6 @@ def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
 def source_hash() -> str:
     names = ("kernels.py", "fp8flow.py", "model.py", "train.py")
     return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in names)).hexdigest()[:12]
-
-
-def read_rows(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -231,8 +230,8 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 class Log:
-    """log.csv and the time that training takes. Numbers stay on the device until `write`: reading one waits for the
-    GPU. `times`: (steps, seconds) between writes."""
+    """log.csv and the time that training takes. `pending` (step, numbers) stay on the device until `write`: reading one
+    waits for the GPU. `times`: (steps, seconds) between writes."""
 
     def __init__(self, path: Path, preset: Preset, device: str):
         self.path, self.preset, self.device, self.pending, self.times = path, preset, device, [], []
@@ -248,9 +247,6 @@ class Log:
         """Without the first steps, which compile."""
         steps, seconds = map(sum, zip(*(self.times[1:] or self.times)))
         return steps * self.preset.tokens_per_step / seconds
-
-    def add(self, step: int, values: Tensor) -> None:
-        self.pending.append((step, values))
 
     def write(self, model: GPT, seconds: float, val_loss: float) -> float:
         """The pending steps, which took `seconds`, the last with `val_loss`; its loss. Raises FloatingPointError."""
@@ -322,8 +318,7 @@ def probe(trainer) -> list[dict]:
 
 @contextlib.contextmanager
 def stop_signals():
-    """Names the signals heard, in a list: the first Ctrl-C, SIGTERM or SIGHUP ends the run after the step it is in, a
-    second one at once."""
+    """A list of the signals heard: a first Ctrl-C, SIGTERM or SIGHUP ends the run after its step, a second at once."""
     def hear(number, frame):
         if asked:
             raise KeyboardInterrupt
@@ -338,20 +333,21 @@ def stop_signals():
 
 
 def learning_rate(step: int, preset: Preset) -> float:
-    """Linear warm-up, then a parabola down to zero: the end of a run is level, so that its loss means something."""
-    warmup = max(1, round(WARMUP * preset.steps))
-    return preset.lr * min((step + 1) / warmup, ((preset.steps - step) / max(1, preset.steps - warmup)) ** 2)
+    """Up in a line, down in a cosine, level at 1% of the peak: at the end of a run its loss means something."""
+    warmup, level = max(1, round(WARMUP * preset.steps)), (1 - LEVEL) * preset.steps
+    down = 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, step - warmup) / max(1.0, level - warmup)))
+    return preset.lr * min((step + 1) / warmup, max(0.01, down))
 
 
 def interfere(model: GPT, spec: str) -> None:
     """The arms that test a comparison itself. bf16-nudged: one weight of the first router, fp32 in every recipe, moves
-    by one unit in the last place. flow-harmed: expert 0 of every layer gets no gradient."""
+    by one unit in the last place. flow-harmed: every other expert of every layer gets no gradient."""
     if spec == "bf16-nudged":
         weight = model.moes[0].router.weight.detach()[0, :1]
         weight.copy_(weight.nextafter(torch.full_like(weight, math.inf)))
     if spec == "flow-harmed":
         for w in (w for moe in model.moes for w in moe.experts.parameters()):
-            w.register_hook(lambda grad: grad.index_fill(0, torch.zeros(1, dtype=torch.int64, device=grad.device), 0))
+            w.register_hook(lambda grad: grad * (torch.arange(len(grad), device=grad.device) % 2)[:, None, None])
 
 
 class Trainer:
@@ -359,16 +355,14 @@ class Trainer:
 
     def __init__(self, run: Run, preset: Preset, text: Tensor, args):
         self.run, self.preset, self.text, self.device, self.step = run, preset, text, args.device, 0
-        self.checkpoint = run.folder / "checkpoint.pt"
         self.rng = torch.Generator().manual_seed(run.seed)
         torch.manual_seed(run.seed)
         self.model = GPT(preset, recipe_of(run.spec)).to(args.device)
         interfere(self.model, run.spec)
         if args.compile:
             for block in self.model.blocks:
-                block.attention.compile()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=preset.lr, betas=(0.9, 0.95), weight_decay=0.1,
-                                           fused=True)
+                block.compile()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def micro_batch(self, rng: torch.Generator) -> Tensor:
         """Adds its gradients; returns [loss, load-balancing loss], detached: what is logged must not hold the graph."""
@@ -394,16 +388,16 @@ class Trainer:
         return torch.cat([losses, norms.norm()[None], bad[None], load])
 
     def save(self) -> None:
-        lengths = {path.name: path.stat().st_size for path in self.run.folder.glob("*.csv")}
-        write_safely(self.checkpoint, lambda path: torch.save({
+        write_safely(self.run.checkpoint, lambda path: torch.save({
             "step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "rng": (self.rng.get_state(), torch.get_rng_state()), "lengths": lengths}, path))
+            "rng": (self.rng.get_state(), torch.get_rng_state()),
+            "lengths": {log.name: log.stat().st_size for log in self.run.folder.glob("*.csv")}}, path))
 
     def load(self) -> None:
         """From the checkpoint, if there is one. Rows that were written after it are cut off."""
         saved = {"lengths": {}}
-        if self.checkpoint.exists():
-            saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if self.run.checkpoint.exists():
+            saved = torch.load(self.run.checkpoint, map_location=self.device, weights_only=True)
             self.step = saved["step"]
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -413,25 +407,20 @@ class Trainer:
         for path in self.run.folder.glob("*.csv"):
             os.truncate(path, saved["lengths"].get(path.name, 0))
 
-    def peak_memory(self) -> float:
-        """In GB, with a line that says what it consists of; nan on a CPU."""
+    def memory(self) -> dict[str, float]:
+        """What the peak of the GPU's memory consists of, in GB; empty on a CPU."""
         if self.device == "cpu":
-            return math.nan
+            return {}
         weights = list(self.model.parameters())
         parts = {"weights": weights, "gradients": weights,
                  "optimizer": [t for state in self.optimizer.state.values() for t in state.values()],
                  "copies of weights for GEMMs": kernels.leaves(tuple(moe.experts.operands for moe in self.model.moes))}
         sizes = {name: sum(t.nbytes for t in tensors) / 1e9 for name, tensors in parts.items()}
-        sizes["activations and the rest"] = (peak := torch.cuda.max_memory_allocated() / 1e9) - sum(sizes.values())
-        print(f"  peak memory {peak:.2f} GB: " + ", ".join(f"{name} {size:.2f}" for name, size in sizes.items()))
-        return peak
+        return sizes | {"activations and the rest": torch.cuda.max_memory_allocated() / 1e9 - sum(sizes.values())}
 
 
 def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, stop: list) -> dict:
-    """Train one model, from its checkpoint if there is one; write its log, weights and sample; return its table row.
-
-    Raises KeyboardInterrupt when asked to stop, FloatingPointError.
-    """
+    """Train one model, from its checkpoint if any; its table row. Raises KeyboardInterrupt, FloatingPointError."""
     print(f"\n{run}")
     trainer = Trainer(run, preset, train_text, args)
     with count_casts() as casts:                                    # measured on a micro-batch that trains nothing
@@ -440,7 +429,6 @@ def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, 
     (total, active), names = trainer.model.parameter_counts(), [f"{launch.cast}({launch.tensor})" for launch in casts]
     print(f"  {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M for a token; {preset.tokens_per_step} tokens a step; "
           f"{len(casts) // preset.n_layers} explicit casts a layer: {', '.join(dict.fromkeys(names)) or 'none'}")
-    run.folder.mkdir(parents=True, exist_ok=True)
     run.write(None)
     trainer.load()
     if args.device == "cuda":
@@ -450,7 +438,7 @@ def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, 
               disable=sys.stderr is None) as bar:
         log.lap()
         while trainer.step < preset.steps:
-            log.add(trainer.step, trainer.train_step())
+            log.pending.append((trainer.step, trainer.train_step()))
             bar.update()
             due = what_is_due(trainer.step, preset, args, bool(stop))
             if due:
@@ -465,10 +453,12 @@ def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, 
                 log.lap()
             if stop and trainer.step < preset.steps:
                 raise KeyboardInterrupt(f"stopped by {stop[0]} after step {trainer.step} of {preset.steps} of {run}")
+    memory = trainer.memory()
     row = dict(recipe=run.spec, casts=len(casts) // preset.n_layers, val_loss=val_loss, seed=run.seed,
-               tokens_per_s=log.tokens_per_s(), peak_mem_gb=trainer.peak_memory())
-    print(f"  val loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s; in {run.folder}")
+               tokens_per_s=log.tokens_per_s(), peak_mem_gb=sum(memory.values()) or math.nan)
     finish(trainer, row, args)
+    print(f"  val loss {val_loss:.4f}, {row['tokens_per_s']:,.0f} tokens/s; in {run.folder}")
+    print("".join(f"  {size:6.2f} GB {name}\n" for name, size in memory.items()), end="")
     return row
 
 
@@ -483,20 +473,14 @@ def what_is_due(step: int, preset: Preset, args, stopping: bool) -> set[str]:
 
 def finish(trainer: Trainer, row: dict, args) -> None:
     """The weights first: nothing that fails after training may cost them."""
-    run, model = trainer.run, trainer.model
+    run = trainer.run
     if args.checkpoint == "last":
-        weights = {"spec": run.spec, "preset": asdict(trainer.preset), "model": model.state_dict()}
+        weights = {"spec": run.spec, "preset": asdict(trainer.preset), "model": trainer.model.state_dict()}
         write_safely(run.folder / "model.pt", lambda path: torch.save(weights, path))
     run.write(row)
-    trainer.checkpoint.unlink(missing_ok=True)
+    run.checkpoint.unlink(missing_ok=True)
     if args.checkpoint == "last":
-        (run.folder / "sample.txt").write_bytes(model.generate(b"def ", 200, run.seed))
-
-
-def check_weights(path: Path) -> None:
-    """Raises ValueError: torch.save writes a zip file, whose directory stands at the end."""
-    if path.exists() and not zipfile.is_zipfile(path):
-        raise ValueError(f"{str(path)!r} is damaged: delete it to start over")
+        (run.folder / "sample.txt").write_bytes(trainer.model.generate(b"def ", 200, run.seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,6 +511,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def summary(rows: list[dict]) -> list[str]:
     """Means over the seeds, and the paired differences to bf16."""
+    if len({row["seed"] for row in rows}) < 2:
+        return ["  One seed: differences of this size are chaos, not evidence; --seeds gives intervals."]
     lines, base = [], {row["seed"]: row for row in rows if row["recipe"] == "bf16"}
     for spec in dict.fromkeys(row["recipe"] for row in rows):
         mine = [row for row in rows if row["recipe"] == spec]
@@ -561,11 +547,10 @@ def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tenso
             if stop and run is not runs[-1]:
                 raise KeyboardInterrupt(f"stopped by {stop[0]} when {run} had ended")
     rows = write_table(args)
-    for i, row in enumerate(table(rows)):
-        for spec, *cells in [row.keys()] * (i == 0) + [row.values()]:
-            print(f"{spec:>36}" + "".join(f"{cell:>14}" for cell in cells))
-    chaos = "  One seed: differences of this size are chaos, not evidence; --seeds gives intervals."
-    print("", *(summary(rows) if args.many else [chaos]), sep="\n")
+    lines = table(rows)
+    for spec, *cells in [lines[0].keys(), *map(dict.values, lines)] if lines else []:
+        print(f"{spec:>36}" + "".join(f"{cell:>14}" for cell in cells))
+    print("", *summary(rows), sep="\n")
     if args.ablate:
         print("  The order of the rungs decides which of them gets the credit for what two do together.")
     draw_losses([run for run in runs if (run.folder / "log.csv").exists()], args.out)
@@ -585,14 +570,12 @@ def write_table(args) -> list[dict]:
 
 def draw_losses(runs: list[Run], out: Path) -> None:
     """The curves, and below them the smoothed difference to bf16 on the same seed: the curves themselves coincide."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def smooth(curve: list[float]) -> Tensor:
-        """The mean over the twentieth of the run before each step."""
+    def smooth(curve: list[float]) -> Tensor:                       # over a twentieth of the run
         return torch.tensor(curve).unfold(0, window, 1).mean(1)
-    losses = {(run.spec, run.seed): [float(row["loss"]) for row in read_rows(run.folder / "log.csv")] for run in runs}
+    logs = {(run.spec, run.seed): (run.folder / "log.csv").read_text().splitlines() for run in runs}
+    losses = {key: [float(row["loss"]) for row in csv.DictReader(lines)] for key, lines in logs.items()}
     window = max(1, min(map(len, losses.values()), default=1) // 20)
     figure, (above, below) = plt.subplots(2, figsize=(7, 6), sharex=True, layout="constrained", height_ratios=(2, 1))
     for color, spec in enumerate(dict.fromkeys(spec for spec, _ in losses)):
@@ -622,26 +605,24 @@ def parse_args(argv=None) -> argparse.Namespace:
         "switches that differ from it: flow,swiglu=unfused."))
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--recipe", metavar="SPEC", help="train this (default: flow)")
-    what.add_argument("--compare", nargs="*", metavar="SPEC",
-                      help="train these on the same seeds and batches (default: bf16 naive flow)")
+    what.add_argument("--compare", nargs="*", metavar="SPEC", help="train these alike (default: bf16 naive flow)")
     what.add_argument("--ablate", action="store_true", help="compare the steps from naive to flow")
     what.add_argument("--sample", metavar="OUT/SPEC", help="continue --prompt with a model that was trained")
     parser.add_argument("--prompt", default="def ", help="the text that --sample continues (default: %(default)r)")
     parser.add_argument("--preset", choices=PRESETS, help="default: h100; small below 40 GB, tiny without a GPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="default: cuda where there is one")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default: cuda where there is one")
     parser.add_argument("--data", metavar="PATH", help="a text file or folder (default: torch's own Python source)")
     parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--seeds", metavar="N|A,B,..", help="several: 3 is 0, 1, 2; 0,5 is 0 and 5")
     parser.add_argument("--out", metavar="DIR", help="where everything goes (default: the next free out/N)")
-    parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
-    parser.add_argument("--overwrite", action="store_true", help="clear the runs that --out holds")
-    parser.add_argument("--checkpoint", choices=("last", "none"), default="last",
-                        help="last: keep the newest while training and the weights at the end; none: neither")
+    before = parser.add_mutually_exclusive_group()
+    before.add_argument("--resume", action="store_true", help="go on with what --out holds")
+    before.add_argument("--overwrite", action="store_true", help="clear the runs that --out holds")
+    parser.add_argument("--checkpoint", choices=("last", "none"), default="last", help="none: keep no weights either")
     parser.add_argument("--probe", type=int, metavar="N", help="every N steps look at each layer's tensors: probe.csv")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for attention, the same in every recipe")
-    parser.add_argument("--deterministic", action="store_true",
-                        help="repeat bit for bit on a GPU too: the experts always do, attention's backward only so")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for all that is not the experts")
+    parser.add_argument("--deterministic", action="store_true", help="attention's backward repeats bit for bit, too")
     switches = parser.add_argument_group("switches of a plain --recipe")
     for name, choices in CHOICES.items():
         switches.add_argument(f"--{name}", choices=choices)
@@ -724,8 +705,6 @@ def out_of(args) -> Path | None:
     """--out as a folder, None for the next free one. Raises ValueError."""
     if args.out is None and (args.resume or args.overwrite):
         raise ValueError(f"--{'resume' if args.resume else 'overwrite'} needs --out: name the folder")
-    if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with what --overwrite clears: give one of them")
     if args.out == "":
         raise ValueError("--out '' is no folder: name one")
     out = Path("out" if args.out is None else args.out)
@@ -764,7 +743,8 @@ def sample(args) -> None:
         raise ValueError(f"--sample {args.sample!r} holds no model.pt: name a run's folder, as in out/1/flow")
     if not args.prompt:
         raise ValueError("--prompt '' is empty: give at least one character")
-    check_weights(path)
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"--sample {args.sample!r}: model.pt is damaged, train again")
     saved = torch.load(path, map_location=args.device, weights_only=True)
     model = GPT(Preset(**saved["preset"]), recipe_of(saved["spec"])).to(args.device)
     model.load_state_dict(saved["model"])
@@ -784,7 +764,7 @@ def main(argv=None) -> int:
         train_text, val_text, how = split_corpus(texts, preset.seq_len)
         digest = hashlib.sha256(b"|".join(text.numpy().tobytes() for text in (train_text, val_text))).hexdigest()[:12]
         (args.out, held), args.many = claim(out), args.seeds is not None        # held until this function returns
-        machine = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+        machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU (PyTorch twins, slowly)"
         args.same = dict(asdict(preset), data=digest, source=source_hash(), torch=str(torch.__version__),
                          triton=triton.__version__, machine=machine, deterministic=args.deterministic,
                          compile=args.compile)
@@ -796,8 +776,7 @@ def main(argv=None) -> int:
             clear(args.out)
     except ValueError as error:
         args.parser.error(str(error))
-    twins = "" if kernels.use_kernels(torch.empty(0, device=args.device)) else " (PyTorch twins, slowly)"
-    print(f"torch {torch.__version__}, triton {triton.__version__}, {machine}{twins}; writing to {args.out}")
+    print(f"torch {torch.__version__}, triton {triton.__version__}, {machine}; writing to {args.out}")
     print(f"preset {name}: " + ", ".join(f"{k}={v}" for k, v in asdict(preset).items()))
     print(f"data: {what}, {sum(map(len, texts)):,} bytes, sha256 {digest}, {how}")
     pairs, triples = (table_loss(train_text, val_text, order) for order in (1, 2))
@@ -807,14 +786,13 @@ def main(argv=None) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False         # the kernels write what they read
     try:
-        failures = compare(runs, preset, train_text.to(args.device), val_text.to(args.device), args)
+        return int(compare(runs, preset, train_text.to(args.device), val_text.to(args.device), args) > 0)
     except KeyboardInterrupt as stopped:
         again = [arg for arg in argv or sys.argv[1:] if arg not in ("--resume", "--overwrite")] + ["--resume"]
         again += [] if out else ["--out", str(args.out)]
         print(f"train.py: {str(stopped) or 'stopped at once'}; go on with: python train.py {shlex.join(again)}",
               file=sys.stderr)
         return 130
-    return int(failures > 0)
 
 
 if __name__ == "__main__":

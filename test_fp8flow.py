@@ -1075,7 +1075,9 @@ BAD = [  # what is typed ({tmp} holds the files below), and what the last line m
     ("--recipe ,", "''"), ("--recipe bf16 --swiglu unfused", "swiglu=unfused"), ("--scales fp32", "scales=pow2"),
     ("--recipe flow,swiglu=unfused --permute unfused", "--permute"), ("--recompute maybe", "--recompute"),
     ("--compare fp4", "'fp4'"), ("--compare flow flow", "flow is the same"),
-    ("--compare flow flow,swiglu=fused", "flow,swiglu=fused is the same"), ("--compare --scales pow2", "--scales"),
+    ("--compare flow flow,swiglu=fused", "flow,swiglu=fused is the same"),
+    ("--compare flow,permute=unfused,swiglu=unfused flow,swiglu=unfused,permute=unfused", "is the same"),
+    ("--compare --scales pow2", "--scales"),
     ("--ablate --swiglu fused", "--swiglu"), ("--ablate --recipe flow", "--recipe"),
     ("--compare --sample x", "--sample"), ("--prom x", "--prom"), ("--bogus", "--bogus"), ("--preset huge", "--preset"),
     ("--checkpoint some", "--checkpoint"),
@@ -1091,7 +1093,8 @@ BAD = [  # what is typed ({tmp} holds the files below), and what the last line m
     ("--data {tmp}/none", "does not exist"), ("--data=", "--data ''"), ("--data {tmp}/empty.txt", "no text"),
     ("--data {tmp}/short.txt", "too short"), ("--data {tmp}/folder", "no text"), ("--seq-len 100000000", "too short"),
     ("--out=", "--out ''"), ("--out {tmp}/short.txt", "--out"), ("--out {tmp}/short.txt/x", "--out"),
-    ("--out {tmp}/dangling", "--out"), ("--data {tmp}/text --out {tmp}/text/out", "inside --data"),
+    ("--out {tmp}/dangling", "--out"), ("--out {tmp}/" + 300 * "x", "--out"), ("--out {tmp}/locked", "--out"),
+    ("--data {tmp}/text --out {tmp}/text/out", "inside --data"),
     ("--data {tmp}/text --out {tmp}/taken", "something else"), ("--resume", "--resume needs --out"),
     ("--overwrite", "--overwrite needs --out"), ("--resume --overwrite --out {tmp}/x", "--overwrite"),
     ("--sample {tmp}/folder", "model.pt"), ("--sample {tmp}/damaged", "damaged")]
@@ -1101,7 +1104,7 @@ BAD += [] if CUDA else [("--device cuda", "--device cuda")]
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """The folder {tmp} of the cases; the current folder is an empty one inside."""
-    for name in ("folder", "text", "taken/flow/log.csv", "damaged", "here"):
+    for name in ("folder", "text", "taken/flow/log.csv", "damaged", "here", "locked/lock"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short")
@@ -1197,10 +1200,12 @@ def test_a_killed_run_goes_on_from_its_last_validation(here, files, monkeypatch)
         def die():
             raise MemoryError
         stop_after(patch, 12, die)
-        here("--out", "x")
+        here("--out", "x", "--probe", "5")
     assert torch.load(files / "here/x/flow/checkpoint.pt")["step"] == 8
-    assert here("--out", "x", "--resume") == 0 and not (files / "here/x/flow/checkpoint.pt").exists()
+    assert [row["step"] for row in read_log(files / "here/x/flow/log.csv")] == [str(step) for step in range(10)]
+    assert here("--out", "x", "--resume", "--probe", "5") == 0 and not (files / "here/x/flow/checkpoint.pt").exists()
     assert [row["step"] for row in read_log(files / "here/x/flow/log.csv")] == [str(step) for step in range(24)]
+    assert [row["step"] for row in read_log(files / "here/x/flow/probe.csv")][::8] == ["5", "10", "15", "20"]
 
 
 def test_runs_are_reused_refused_or_cleared(here, files, monkeypatch, capsys):
@@ -1224,6 +1229,10 @@ def test_runs_are_reused_refused_or_cleared(here, files, monkeypatch, capsys):
         here("--recipe", "bf16", "--out", "x")
     assert "another process" in capsys.readouterr().err.splitlines()[-1]
     held.close()
+    assert here("--recipe", "naive", "--out", "x") == 0                  # the table grows, here and from a shell
+    assert [row["recipe"] for row in read_log(files / "here/x/compare.csv")] == ["naive", "bf16", "flow"]
+    assert here("--recipe", "flow,permute=unfused,swiglu=unfused", "--steps", "2", "--out", "y") == 0
+    assert (files / "here/y/flow,swiglu=unfused,permute=unfused/model.pt").exists()         # one spelling of a spec
     (files / "here/x/seed-0/wandb").mkdir(parents=True)
     for foreign in ("mine.txt", "seed-0/wandb/run.json"):
         (files / "here/x" / foreign).write_text("{}")
@@ -1233,12 +1242,37 @@ def test_runs_are_reused_refused_or_cleared(here, files, monkeypatch, capsys):
     assert here() == 0 and here() == 0 and (files / "here/out/2/flow/log.csv").exists()       # the next free folder
 
 
-def test_a_loss_that_is_not_finite_ends_its_run_alone(here, files, capsys):
+def test_a_loss_that_is_not_finite_ends_its_run_alone(here, files, capsys, monkeypatch):
     assert here("--compare", "bf16", "flow", "--lr", "1e30", "--out", "x") == 1
     errors = capsys.readouterr().err
     for spec in ("bf16", "flow"):
         assert re.search(rf"{spec}, seed 0: the (loss|gradient of \S+) of step \d+ is not finite", errors)
         assert not (files / f"here/x/{spec}/model.pt").exists()
+    with monkeypatch.context() as patch:                                # and stopped in the step that breaks it
+        stop_after(patch, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert here("--compare", "bf16", "flow", "--lr", "1e30", "--steps", "1", "--out", "y") == 130
+    assert "stopped by SIGTERM when bf16, seed 0 had ended" in capsys.readouterr().err
+    assert not (files / "here/y/flow").exists()
+
+
+def test_arms_that_test_the_comparison(monkeypatch):
+    preset = train_py.PRESETS["tiny"]
+    def fresh(spec):
+        torch.manual_seed(0)
+        gpt = model.GPT(preset, train_py.recipe_of(spec))
+        train_py.interfere(gpt, spec)
+        return gpt
+    plain, nudged = (dict(fresh(spec).named_parameters()) for spec in ("bf16", "bf16-nudged"))
+    (name, places), = ((n, (plain[n] != nudged[n]).nonzero()) for n in plain if not torch.equal(plain[n], nudged[n]))
+    a, b = (weights[name].view(torch.int32)[0, 0] for weights in (plain, nudged))
+    assert name == "blocks.0.moe.router.weight" and places.tolist() == [[0, 0]] and abs(a - b) == 1     # the next float
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
+    tokens = torch.randint(256, (2, 64))
+    for spec in ("flow", "flow-harmed"):
+        gpt = fresh(spec)
+        gpt(tokens, tokens)[0].backward()
+        learning = [moe.experts.w1.grad.abs().amax((1, 2)) > 0 for moe in gpt.moes]
+        assert torch.stack(learning).tolist() == [[spec == "flow", True] * 2] * 2
 
 
 def test_damaged_checkpoint_and_sampling(here, files, capsys, monkeypatch):

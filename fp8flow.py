@@ -511,8 +511,8 @@ def print_double_quantization(device) -> None:
         print(f"  {kind:22}" + "".join(cells))
 
 
-VARIANTS = (*RECIPES, "flow,transpose=requant", "flow,swiglu=unfused", "flow,permute=unfused", "flow,recompute=on",
-            "bf16,recompute=on")
+VARIANTS = ("bf16", "naive", "naive,scales=pow2", "naive,transpose=direct,scales=pow2", "flow,permute=unfused", "flow",
+            "flow,transpose=requant", "flow,swiglu=unfused", "flow,recompute=on", "bf16,recompute=on")
 SHARES = {"GEMM": ("gemm", "cutlass", "Gemm"), "transpose": ("transpose",), "SwiGLU": ("swiglu",),
           "cast": ("quantize",), "permute": ("gather_rows", "sum_rows"), "other": ("",)}      # parts of kernels' names
 
@@ -544,7 +544,7 @@ def print_layer_times(device) -> None:
           "\nright before; ms by kind of kernel; MB held for backward; SQNR in dB of (y, dx, dprobs, dw1, dw2)")
     for shape in kernels.LAYERS:
         print("T {}, D {}, F {}, E {}, k {}".format(*shape))
-        print(f"  {'':24}{'ms':>8}{'x bf16':>8}" + "".join(f"{kind:>10}" for kind in (*SHARES, "held MB")) + "   SQNR")
+        print(f"  {'':36}{'ms':>8}{'x bf16':>8}" + "".join(f"{kind:>10}" for kind in (*SHARES, "held MB")) + "   SQNR")
         inputs = random_layer(*shape, device, torch.bfloat16)   # bf16 masters: every recipe writes bf16 gradients
         bf16 = Layer(RECIPES["bf16"], *inputs)
         reference = bf16.step()
@@ -553,7 +553,7 @@ def print_layer_times(device) -> None:
             quality = [f"{kernels.sqnr(got, want):.1f}" for got, want in zip(layer.step(), reference)]
             bf16_ms, ms = (do_bench_cudagraph(step, rep=80, return_mode="median") for step in (bf16.step, layer.step))
             numbers = (*time_shares(layer.step).values(), bytes_held(layer) / 1e6)
-            print(f"  {spec:24}{ms:8.3f}{bf16_ms / ms:8.2f}" + "".join(f"{number:10.3f}" for number in numbers)
+            print(f"  {spec:36}{ms:8.3f}{bf16_ms / ms:8.2f}" + "".join(f"{number:10.3f}" for number in numbers)
                   + "   " + " ".join(quality) * ("bf16" not in spec), flush=True)
 
 

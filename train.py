@@ -78,7 +78,7 @@ WARMUP, LEVEL = 0.1, 0.2                    # shares of the steps: where the lea
 LOG_EVERY = 10                              # steps between reads of the loss from the device
 HELD_OUT = 20                               # one byte in so many is for validation
 ARMS = {"bf16-nudged": "bf16", "flow-harmed": "flow"}      # recipes that test a comparison: see `interfere`
-LADDER = ("bf16", "naive", "naive,scales=pow2", "naive,scales=pow2,transpose=direct", "flow,permute=unfused", "flow",
+LADDER = ("bf16", "naive", "naive,scales=pow2", "naive,transpose=direct,scales=pow2", "flow,permute=unfused", "flow",
           "flow,transpose=requant")         # and back; the paper's rows are this and the rung before flow
 
 

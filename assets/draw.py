@@ -1,0 +1,74 @@
+"""The README's pictures of the layer, drawn from what the code says of itself.
+
+    python assets/draw.py dataflow                          every launch of naive and flow, from their traces
+    python fp8flow.py | python assets/draw.py layer         GPU time by kind of kernel, from the first table of times
+
+Each writes assets/NAME.png. (`python train.py --compare --seeds N` draws the losses.)
+"""
+import itertools
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import fp8flow
+import kernels
+
+RED, BLUE, GRAY, INK = "#c8102e", "#1f6fb2", "#8a8f98", "#222222"
+KINDS = {"GEMM": GRAY, "transpose": "#e2a03f", "SwiGLU": BLUE, "cast": RED, "permute": "#5a9e6f", "other": "#d0d3d8"}
+
+
+def dataflow() -> None:
+    """Two rails, 16 bits or more on the left, FP8 on the right. A launch goes from what it reads to what it writes."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 9), layout="constrained", sharey=True)
+    for panel, name in zip(panels, ("naive", "flow")):
+        layer = fp8flow.Layer(fp8flow.RECIPES[name], *fp8flow.random_layer(64, 128, 128, 4, 2, "cpu"))
+        with kernels.trace() as launches:
+            layer.step()
+        casts = 0
+        for y, launch in enumerate(launches):
+            begin, end = (int(side[0][1] == kernels.FP8) for side in (launch.reads, launch.writes))
+            color = RED if launch.cast else BLUE if launch.op.endswith("_quantize") else GRAY
+            panel.annotate("", (end, y + 0.9), (begin, y), arrowprops=dict(arrowstyle="->", color=color, linewidth=1.8))
+            casts += bool(launch.cast)
+            number = f"{casts:2}  {launch.cast}({launch.tensor})" if launch.cast else f"{launch.tensor}"
+            panel.text(1.25, y + 0.45, number, color=color, va="center", weight="bold" if launch.cast else "normal")
+            panel.text(2.35, y + 0.45, launch.op.replace("_", " "), color=color, va="center")
+        backward = [launch.direction for launch in launches].index("backward")
+        panel.axhline(backward, 0.02, 0.98, color=INK, linewidth=0.6, linestyle=":")
+        for rail, label in enumerate(("bf16", "fp8")):
+            panel.plot([rail, rail], [0, len(launches)], color="#d0d3d8", linewidth=5, zorder=0)
+            panel.text(rail, -0.5, label, ha="center", color=INK)
+        panel.set(title=f"{name}: {len(launches)} launches, {casts} casts", xlim=(-0.3, 5.2), ylim=(34.5, -1.3))
+        panel.axis("off")
+    notes = ("red: a cast", "blue: FP8 on the way out of other work", "gray: the rest", "dotted: where backward begins",
+             "GEMMs read FP8, write bf16 (dW1, dW2: fp32)")
+    panel.text(0, 21, "\n".join(notes), va="top", color=INK, linespacing=1.6)
+    figure.savefig(HERE / "dataflow.png", dpi=110, facecolor="white")
+
+
+def layer() -> None:
+    lines = sys.stdin.read().split("ms by kind of kernel")[1].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("T "))
+    table = itertools.takewhile(lambda line: not line.startswith("T "), lines[first + 1:])
+    cells = [line.split() for line in table]
+    rows = [(spec, list(map(float, ms[2:2 + len(KINDS)]))) for spec, *ms in cells if spec in fp8flow.VARIANTS]
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    for i, (kind, color) in enumerate(KINDS.items()):
+        times, before = [times[i] for _, times in rows], [sum(times[:i]) for _, times in rows]
+        axes.barh([spec for spec, _ in rows], times, left=before, color=color, label=kind)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"GPU ms, forward and backward of one layer ({lines[first]})")
+    axes.legend(ncols=len(KINDS), loc="lower center", bbox_to_anchor=(0.4, 1.0), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(HERE / "layer.png", dpi=130, facecolor="white")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in (["dataflow"], ["layer"]):
+        sys.exit(__doc__)
+    torch.manual_seed(0)
+    dict(dataflow=dataflow, layer=layer)[sys.argv[1]]()

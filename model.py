@@ -57,15 +57,33 @@ class RMSNorm(nn.RMSNorm):
 
 @lru_cache
 def rotation(S: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, width/2] of the angles by which position s turns the pairs of a head: s * 10000^(-2i/width)."""
+    """cos and sin [S, width/2] of the angles by which position s turns pair i of a head: s * 10000^(-2i/width)."""
     angles = torch.arange(S, device=device)[:, None] * 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
     return angles.cos(), angles.sin()
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., S, d]: element i and d/2 + i are turned by the position's angle, so that q @ k sees distances alone."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([torch.addcmul(a * cos, b, -sin), torch.addcmul(a * sin, b, cos)], dim=-1)
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Elements i and d/2 + i of x [..., S, d], a pair (a, b), become (a cos - b sin, b cos + a sin)."""
+    half = x.shape[-1] // 2
+    y = x * torch.cat([cos, cos], dim=-1)
+    y[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    y[..., half:].addcmul_(x[..., :half], sin)
+    return y
+
+
+class Rotary(torch.autograd.Function):
+    """Turns each pair by its position's angle, so that q @ k sees distances alone; backward turns back. Autograd's own
+    backward would read and write half as much again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        cos, sin = ctx.saved_tensors
+        return turn(dy, cos, -sin), None, None
 
 
 class Attention(nn.Module):
@@ -75,11 +93,11 @@ class Attention(nn.Module):
         self.qkv = Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, S, D] bf16, turn: cos and sin of `rotation` in bf16 -> [B, S, D]."""
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, S, D] bf16, angles: cos and sin of `rotation` in bf16 -> [B, S, D]."""
         qkv = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
         qk, v = qkv.split([2, 1])
-        q, k = rotary(F.rms_norm(qk, qk.shape[-1:]), *turn)                 # normalised: no logit can run away
+        q, k = Rotary.apply(F.rms_norm(qk, qk.shape[-1:]), *angles)         # normalised: no logit can run away
         y = F.scaled_dot_product_attention(q, k, v[0], is_causal=True)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
@@ -113,8 +131,8 @@ class Block(nn.Module):
         self.norm1, self.attention = RMSNorm(config.d_model, eps=1e-6), Attention(config)
         self.norm2, self.moe = RMSNorm(config.d_model, eps=1e-6), MoE(config, recipe)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x = x + self.attention(self.norm1(x), turn)
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x = x + self.attention(self.norm1(x), angles)
         y, balance = self.moe(self.norm2(x))
         return x + y, balance
 
@@ -143,10 +161,10 @@ class GPT(nn.Module):
         """tokens [B, S] int64 -> logits [B, S, vocab] bf16; with targets, the mean cross-entropy in nats and the mean
         load-balancing loss over the layers (both fp32)."""
         x, balances = self.embed(tokens).bfloat16(), []
-        angles = rotation(tokens.shape[1], self.config.d_model // self.config.n_heads, tokens.device)
-        turn = tuple(t.to(x.dtype) for t in angles)
+        tables = rotation(tokens.shape[1], self.config.d_model // self.config.n_heads, tokens.device)
+        angles = tuple(table.to(x.dtype) for table in tables)
         for block in self.blocks:
-            x, balance = block(x, turn)
+            x, balance = block(x, angles)
             balances.append(balance)
         logits = self.head(self.norm(x))
         if targets is None:

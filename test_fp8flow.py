@@ -1349,10 +1349,12 @@ def test_split_and_tables():
 
 def test_rotary_sees_distances():
     q, k = torch.randn(2, 1, 1, 1, 64).expand(-1, -1, -1, 40, -1)       # one vector at every position
-    turn = model.rotation(40, 64, q.device)
-    scores = model.rotary(q, *turn) @ model.rotary(k, *turn).mT
+    angles = model.rotation(40, 64, q.device)
+    scores = model.turn(q, *angles) @ model.turn(k, *angles).mT
     assert torch.allclose(scores[0, 0, 5, 3], scores[0, 0, 37, 35], atol=1e-4) and scores.std() > 0.1
-    assert torch.equal(model.rotary(q, *turn)[..., 0, :], q[..., 0, :])  # position 0 is not turned
+    assert torch.equal(model.turn(q, *angles)[..., 0, :], q[..., 0, :])  # position 0 is not turned
+    x, angles = torch.randn(2, 5, 8).double().requires_grad_(), [t.double() for t in model.rotation(5, 8, q.device)]
+    assert torch.autograd.gradcheck(lambda x: model.Rotary.apply(x, *angles), x)
 
 
 def test_a_router_with_one_choice_learns(monkeypatch):

@@ -1,16 +1,18 @@
-"""The README's pictures of the layer, drawn from what the code says of itself.
+"""The README's pictures of the layer, drawn from what the code says of itself, and its tables as data.
 
     python assets/draw.py dataflow                          every launch of naive and flow, from their traces
     python fp8flow.py | python assets/draw.py layer         GPU time by kind of kernel, from the first table of times
+    python kernels.py | python assets/draw.py kernels       the table as comma-separated values, to compare with others
 
-Each writes assets/NAME.png. (`python train.py --compare --seeds N` draws the losses.)
+Each writes into assets/: dataflow.png, layer.png, kernels.csv. (`python train.py --compare --seeds N` draws losses.)
 """
+import csv
 import itertools
+import re
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -67,8 +69,18 @@ def layer() -> None:
     figure.savefig(HERE / "layer.png", dpi=130, facecolor="white")
 
 
+def table_of_kernels() -> None:
+    shape, rows = "", [["shape", "kernel", "us", "rate", "unit", "of_ceiling", "speedup", "over"]]
+    for line in sys.stdin:
+        found = re.match(r"  (.{32}) +([\d.]+) us +(\d+) (\S+) +([\d.]+) of the ceiling(?: +([\d.]+)x (\w+))?", line)
+        shape = line.strip() if line.startswith("T ") else shape
+        rows += [[shape, *(cell.strip() for cell in found.groups(""))]] if found else []
+    with open(HERE / "kernels.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["dataflow"], ["layer"]):
+    modes = dict(dataflow=dataflow, layer=layer, kernels=table_of_kernels)
+    if len(sys.argv) != 2 or sys.argv[1] not in modes:
         sys.exit(__doc__)
-    torch.manual_seed(0)
-    dict(dataflow=dataflow, layer=layer)[sys.argv[1]]()
+    modes[sys.argv[1]]()

@@ -20,10 +20,11 @@ forward and backward, four tensors enter GEMMs, each twice:
 
 The naive dataflow casts each of the four three times: quantize row-wise (Q), dequantize (DQ), quantize column-wise
 (Q'). That is 12 explicit casts, launches whose only job is to change the precision of an activation. And it rounds
-twice: 1.1 at scale 1 becomes the code 1.125; at another scale, 0.7, that is 1.607, whose nearest code 1.625 stands for
-1.1375. At scale 0.5 it is 2.25, a code, and stays 1.125: scales that are powers of two move exponents, which is exact
-while codes stay normal, 2^-6 or more. (The direct transpose shares one scale in a 128x128 tile: rows far smaller than
-the largest round to subnormal codes or vanish.) That leaves one dataflow with switches:
+twice: 1.07 at scale 1 becomes the code 1.125; at another scale, 0.7, that is 1.607, whose nearest code 1.625 stands for
+1.1375, 6% off, where rounding 1.07 at 0.7 once gives 1.05, 2% off. At scale 0.5, 1.125 is 2.25, a code, and stays:
+scales that are powers of two move exponents, which is exact while codes stay normal, 2^-6 or more. (The direct
+transpose shares one scale in a 128x128 tile: rows far smaller than the largest round to subnormal codes or vanish.)
+That leaves one dataflow with switches:
 
     switch      naive      flow      what flow removes
     transpose   requant    direct    DQ and Q' of all four tensors: -8 casts (the transpose only shifts exponents)

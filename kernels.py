@@ -1260,8 +1260,8 @@ BENCHES = {"quantize": bench_quantize, "permute": bench_permute, "transpose": be
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="kernels.py", allow_abbrev=False,
-                                     description="Time the kernels on a GPU, at the layer's shapes and at the paper's.")
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=BENCHES, help=f"of {', '.join(BENCHES)} (all)")
+                                     description=f"Time kernels on a GPU: all, or some of {', '.join(BENCHES)}.")
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=["all", *BENCHES], default="all")
     names = parser.parse_args(argv).names
     if not torch.cuda.is_available() or not use_kernels(torch.empty(0, device="cuda")):
         parser.error("there is no GPU of compute capability 8.9 or later here: timings need one")
@@ -1269,7 +1269,7 @@ def main(argv=None) -> None:
     bench = Bench()
     for shape in (*LAYERS, *PAPER):
         print("\nT {}, D {}, F {}, E {}, k {}".format(*shape))
-        for name in names or BENCHES:
+        for name in BENCHES if "all" in names else names:
             BENCHES[name](bench, *shape, "cuda")
 
 

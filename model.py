@@ -30,8 +30,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            if field.type is int and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name}={getattr(self, field.name)} must be at least 1")
+            if field.type is int and not 1 <= getattr(self, field.name) < 2 ** 31:
+                raise ValueError(f"{field.name}={getattr(self, field.name)} must lie between 1 and 2^31")
         for name in ("d_model", "d_expert"):
             if getattr(self, name) % 128:
                 raise ValueError(f"{name}={getattr(self, name)} must be a multiple of 128, the FP8 block")

@@ -943,6 +943,10 @@ def test_kernels_py_refuses_names_it_does_not_know(capsys):
     with pytest.raises(SystemExit) as error:
         kernels.main(["gemm", "bogus"])
     assert error.value.code == 2 and "'bogus'" in capsys.readouterr().err
+    if not CUDA:
+        with pytest.raises(SystemExit) as error:
+            kernels.main([])
+        assert error.value.code == 2 and "no GPU" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1082,21 +1086,25 @@ BAD = [  # what is typed ({tmp} holds the files below), and what the last line m
     ("--compare --sample x", "--sample"), ("--prom x", "--prom"), ("--bogus", "--bogus"), ("--preset huge", "--preset"),
     ("--checkpoint some", "--checkpoint"),
     ("--seed -1", "--seed -1"), ("--seed 18446744073709551616", "--seed 18446744073709551616"), ("--seed x", "--seed"),
-    ("--seeds 0", "--seeds 0"), ("--seeds a", "--seeds 'a'"), ("--seeds 1,1", "--seeds 1,1"),
+    ("--seeds 0", "--seeds 0"), ("--seeds a", "--seeds a"), ("--seeds 1,1", "--seeds 1,1"),
     ("--seeds 2 --seed 1", "--seed 1"), ("--n-heads 0", "n_heads=0"), ("--n-heads 3", "n_heads=3"),
     ("--n-heads 128", "n_heads=128"), ("--n-layers 0", "n_layers=0"), ("--d-model 100", "d_model=100"),
     ("--d-expert 192", "d_expert=192"), ("--top-k 9", "top_k=9"), ("--top-k 0", "top_k=0"),
     ("--d-model 1280000", "d_model=1280000"), ("--n-experts 1000000000", "n_experts="),
     ("--steps 0", "steps=0"), ("--batch 0", "batch=0"), ("--val-batches 0", "val_batches=0"),
-    ("--steps 1e3", "--steps"), ("--probe 0", "--probe 0"), ("--probe x", "--probe"),
+    ("--steps 1e3", "--steps"), ("--steps 3000000000", "steps=3000000000"), ("--batch 100000000", "batch=100000000"),
+    ("--val-batches 1000000000", "val_batches=1000000000"), ("--d-model 128" + 330 * "0", "d_model=128000"),
+    ("--probe 0", "--probe 0"), ("--probe x", "--probe"),
     ("--lr 0", "lr=0"), ("--lr inf", "lr=inf"), ("--lr nan", "lr=nan"), ("--lr -1", "lr=-1"),
     ("--data {tmp}/none", "does not exist"), ("--data=", "--data ''"), ("--data {tmp}/empty.txt", "no text"),
-    ("--data {tmp}/short.txt", "too short"), ("--data {tmp}/folder", "no text"), ("--seq-len 100000000", "too short"),
+    ("--data {tmp}/short.txt", "too short"), ("--data {tmp}/folder", "no text"),
+    ("--seq-len 100000000", "seq_len=100000000"),
     ("--out=", "--out ''"), ("--out {tmp}/short.txt", "--out"), ("--out {tmp}/short.txt/x", "--out"),
     ("--out {tmp}/dangling", "--out"), ("--out {tmp}/" + 300 * "x", "--out"), ("--out {tmp}/locked", "--out"),
     ("--data {tmp}/text --out {tmp}/text/out", "inside --data"),
     ("--data {tmp}/text --out {tmp}/taken", "something else"), ("--resume", "--resume needs --out"),
     ("--overwrite", "--overwrite needs --out"), ("--resume --overwrite --out {tmp}/x", "--overwrite"),
+    ("--resume --out {tmp}/x", "is no folder"), ("--sample=", "--sample ''"), ("--data " + 300 * "x", "does not exist"),
     ("--sample {tmp}/folder", "model.pt"), ("--sample {tmp}/damaged", "damaged")]
 BAD += [] if CUDA else [("--device cuda", "--device cuda")]
 
@@ -1201,11 +1209,14 @@ def test_a_killed_run_goes_on_from_its_last_validation(here, files, monkeypatch)
             raise MemoryError
         stop_after(patch, 12, die)
         here("--out", "x", "--probe", "5")
+    (files / "here/x/flow/notes.csv").write_text("mine")
+    (files / "here/x/compare.csv.new").write_text("what a kill left")
     assert torch.load(files / "here/x/flow/checkpoint.pt")["step"] == 8
     assert [row["step"] for row in read_log(files / "here/x/flow/log.csv")] == [str(step) for step in range(10)]
     assert here("--out", "x", "--resume", "--probe", "5") == 0 and not (files / "here/x/flow/checkpoint.pt").exists()
     assert [row["step"] for row in read_log(files / "here/x/flow/log.csv")] == [str(step) for step in range(24)]
     assert [row["step"] for row in read_log(files / "here/x/flow/probe.csv")][::8] == ["5", "10", "15", "20"]
+    assert (files / "here/x/flow/notes.csv").read_text() == "mine" and len(read_log(files / "here/x/compare.csv")) == 1
 
 
 def test_runs_are_reused_refused_or_cleared(here, files, monkeypatch, capsys):
@@ -1233,6 +1244,10 @@ def test_runs_are_reused_refused_or_cleared(here, files, monkeypatch, capsys):
     assert [row["recipe"] for row in read_log(files / "here/x/compare.csv")] == ["naive", "bf16", "flow"]
     assert here("--recipe", "flow,permute=unfused,swiglu=unfused", "--steps", "2", "--out", "y") == 0
     assert (files / "here/y/flow,swiglu=unfused,permute=unfused/model.pt").exists()         # one spelling of a spec
+    for changes in (["--recipe", "flow,recompute=on", "--lr", "1e-3"], ["--compare", "--seeds", "1", "--lr", "1e-3"]):
+        with pytest.raises(SystemExit):                                 # nor may others lie beside it
+            here("--out", "x", *changes)
+        assert "lr (0.002 there, 0.001 now)" in capsys.readouterr().err.splitlines()[-1]
     (files / "here/x/seed-0/wandb").mkdir(parents=True)
     for foreign in ("mine.txt", "seed-0/wandb/run.json"):
         (files / "here/x" / foreign).write_text("{}")
@@ -1252,6 +1267,8 @@ def test_a_loss_that_is_not_finite_ends_its_run_alone(here, files, capsys, monke
         stop_after(patch, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert here("--compare", "bf16", "flow", "--lr", "1e30", "--steps", "1", "--out", "y") == 130
     assert "stopped by SIGTERM when bf16, seed 0 had ended" in capsys.readouterr().err
+    assert here("--compare", "bf16", "flow", "--lr", "1e38", "--steps", "1", "--out", "z") == 1       # seen afterwards
+    assert capsys.readouterr().err.count("validation loss after the last step is not finite") == 2
     assert not (files / "here/y/flow").exists()
 
 

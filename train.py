@@ -1,10 +1,9 @@
 """Train a small MoE GPT on text: one recipe, or several on the same seeds and batches.
 
     python train.py --compare                               bf16, naive, flow: one table
-    python train.py --compare flow flow,swiglu=unfused      any recipes, each named by its spec
     python train.py --ablate                                from naive to flow a switch at a time, and one step back
     python train.py --compare --seeds 3                     seeds 0, 1, 2: means, differences with their intervals
-    python train.py --recipe flow --swiglu unfused          one run
+    python train.py --recipe flow,swiglu=unfused            one run, named by its spec
     python train.py --resume --out out/1 ...                go on where a run was stopped
     python train.py --sample out/1/flow --prompt "def "     continue a text
 
@@ -93,12 +92,12 @@ def read_corpus(path: str | None) -> tuple[list[bytes], str]:
     """The texts of a file, of a folder's text files, or of torch's own source; and what it is. Raises ValueError."""
     own = path is None                                          # version.py differs between the builds of one version
     root = Path(torch.__file__).parent if own else Path(path)
-    if path == "" or not root.exists():
+    if path == "" or not os.path.exists(root):
         raise ValueError(f"--data {path!r} does not exist: name a text file or a folder of them")
 
     def refuse(error: OSError):
         raise ValueError(f"--data: cannot read {error.filename!r} ({error.strerror}); name files you may read")
-    names = [root] if root.is_file() else sorted(
+    names = [root] if os.path.isfile(root) else sorted(
         Path(folder, name) for folder, _, names in os.walk(root, onerror=refuse) for name in names
         if (name.endswith(".py") and name != "version.py" if own else not name.startswith("."))
         and os.path.isfile(os.path.join(folder, name))                              # no pipes, no dangling links
@@ -168,9 +167,7 @@ class Run:
     def __str__(self) -> str:
         return f"{self.spec}, seed {self.seed}"
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
+    checkpoint = property(lambda self: self.folder / "checkpoint.pt")
 
     def write(self, row: dict | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -189,6 +186,7 @@ def read_run(folder: Path) -> dict | None:
 def write_safely(path: Path, write) -> None:
     """Written beside it, then renamed: a full disk or a kill in the middle leaves what was there."""
     beside = path.with_name(path.name + ".new")
+    beside.unlink(missing_ok=True)                              # what a kill left
     try:
         write(beside)
         os.replace(beside, path)
@@ -196,24 +194,30 @@ def write_safely(path: Path, write) -> None:
         beside.unlink(missing_ok=True)
 
 
-def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
-    """Raises ValueError where what lies in the run's folder is neither this run nor may be continued as it."""
-    found, where = read_run(run.folder), f"--out: {str(run.folder)!r} holds"
-    if found is None and run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
-        raise ValueError(f"{where} files of something else: name another --out")
-    if found is None or overwrite:
-        return
-    there, now = found["config"], run.config
+def runs_in(out: Path) -> dict[Path, dict]:
+    """The run.json of every run in `out`, with and without a folder for its seed."""
+    return {folder: found for folder in (*out.glob("*"), *out.glob("seed-*/*")) if (found := read_run(folder))}
+
+
+def check_same(folder: Path, there: dict, now: dict, resume: bool) -> None:
+    """Raises ValueError unless a run that lies in `out` belongs to those asked for. `resume` lets edits pass."""
     different = [f"{key} ({there.get(key)!r} there, {now.get(key)!r} now)" for key in sorted({*there, *now})
                  if there.get(key) != now.get(key) and not (resume and key == "source")]
     if different:
-        raise ValueError(f"{where} another configuration: {', '.join(different)}; give another --out, or --overwrite")
-    if found["row"] is None and not resume:
-        raise ValueError(f"{where} an unfinished run: go on with --resume, or --overwrite it")
-    if run.checkpoint.exists() and not zipfile.is_zipfile(run.checkpoint):      # what torch.save writes
-        raise ValueError(f"{str(run.checkpoint)!r} is damaged: delete it to start over")
+        raise ValueError(f"--out: {str(folder)!r} has another {', '.join(different)}: --overwrite it or name another")
     if there["source"] != now["source"]:
-        print(f"warning: the source was edited since {run.folder} was begun: it goes on as edited", file=sys.stderr)
+        print(f"warning: the source was edited since {folder} was begun", file=sys.stderr)
+
+
+def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
+    """Raises ValueError where what lies in the run's folder may not be continued or replaced."""
+    found = read_run(run.folder)
+    if found is None and os.path.lexists(run.folder) and (not run.folder.is_dir() or any(run.folder.iterdir())):
+        raise ValueError(f"--out: {str(run.folder)!r} holds files of something else: name another")
+    if found and found["row"] is None and not resume and not overwrite:
+        raise ValueError(f"--out: {str(run.folder)!r} holds an unfinished run: go on with --resume, or --overwrite it")
+    if resume and run.checkpoint.exists() and not zipfile.is_zipfile(run.checkpoint):      # what torch.save writes
+        raise ValueError(f"{str(run.checkpoint)!r} is damaged: delete it to start over")
 
 
 def source_hash() -> str:
@@ -230,8 +234,8 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 class Log:
-    """log.csv and the time that training takes. `pending` (step, numbers) stay on the device until `write`: reading one
-    waits for the GPU. `times`: (steps, seconds) between writes."""
+    """log.csv and the time that training takes. Numbers stay on the device until `write`: reading one makes the host
+    wait. `pending`: (step, numbers); `times`: (steps, seconds) between writes."""
 
     def __init__(self, path: Path, preset: Preset, device: str):
         self.path, self.preset, self.device, self.pending, self.times = path, preset, device, [], []
@@ -404,8 +408,9 @@ class Trainer:
             self.rng.set_state(saved["rng"][0].cpu())
             torch.set_rng_state(saved["rng"][1].cpu())
             print(f"  goes on after step {self.step} of {self.preset.steps}")
-        for path in self.run.folder.glob("*.csv"):
-            os.truncate(path, saved["lengths"].get(path.name, 0))
+        for path in (self.run.folder / "log.csv", self.run.folder / "probe.csv"):
+            if path.exists():
+                os.truncate(path, saved["lengths"].get(path.name, 0))
 
     def memory(self) -> dict[str, float]:
         """What the peak of the GPU's memory consists of, in GB; empty on a CPU."""
@@ -453,6 +458,8 @@ def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, 
                 log.lap()
             if stop and trainer.step < preset.steps:
                 raise KeyboardInterrupt(f"stopped by {stop[0]} after step {trainer.step} of {preset.steps} of {run}")
+    if not math.isfinite(val_loss):
+        raise FloatingPointError("the validation loss after the last step is not finite; lower --lr")
     memory = trainer.memory()
     row = dict(recipe=run.spec, casts=len(casts) // preset.n_layers, val_loss=val_loss, seed=run.seed,
                tokens_per_s=log.tokens_per_s(), peak_mem_gb=sum(memory.values()) or math.nan)
@@ -472,15 +479,14 @@ def what_is_due(step: int, preset: Preset, args, stopping: bool) -> set[str]:
 
 
 def finish(trainer: Trainer, row: dict, args) -> None:
-    """The weights first: nothing that fails after training may cost them."""
+    """The weights first: nothing that fails after training may cost them. Then the rest, and the run has finished."""
     run = trainer.run
     if args.checkpoint == "last":
         weights = {"spec": run.spec, "preset": asdict(trainer.preset), "model": trainer.model.state_dict()}
         write_safely(run.folder / "model.pt", lambda path: torch.save(weights, path))
+        (run.folder / "sample.txt").write_bytes(trainer.model.generate(b"def ", 200, run.seed))
     run.write(row)
     run.checkpoint.unlink(missing_ok=True)
-    if args.checkpoint == "last":
-        (run.folder / "sample.txt").write_bytes(trainer.model.generate(b"def ", 200, run.seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,11 +539,11 @@ def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tenso
     failures = 0
     with stop_signals() as stop:
         for run in runs:
-            if (read_run(run.folder) or {}).get("row"):
-                print(f"\n{run}: finished before, reused from {run.folder}")
-                continue
             try:
-                train(run, preset, train_text, val_text, args, stop)
+                if (read_run(run.folder) or {}).get("row"):
+                    print(f"\n{run}: finished before, reused from {run.folder}")
+                else:
+                    train(run, preset, train_text, val_text, args, stop)
             except FloatingPointError as error:
                 print(f"train.py: {run}: {error}", file=sys.stderr)
                 failures += 1
@@ -546,8 +552,7 @@ def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tenso
             torch.cuda.empty_cache()
             if stop and run is not runs[-1]:
                 raise KeyboardInterrupt(f"stopped by {stop[0]} when {run} had ended")
-    rows = write_table(args)
-    lines = table(rows)
+    lines = table(rows := write_table(args))
     for spec, *cells in [lines[0].keys(), *map(dict.values, lines)] if lines else []:
         print(f"{spec:>36}" + "".join(f"{cell:>14}" for cell in cells))
     print("", *summary(rows), sep="\n")
@@ -559,9 +564,9 @@ def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tenso
 
 
 def write_table(args) -> list[dict]:
-    """compare.csv: what has finished in this folder under this configuration, by this command or before; its rows."""
-    found = map(read_run, args.out.glob("seed-*/*" if args.many else "*"))
-    rows = [run["row"] for run in found if run and run["row"] and args.same.items() <= run["config"].items()]
+    """compare.csv: what has finished in this folder, by this command or before; its rows."""
+    found = [run["row"] for run in runs_in(args.out).values() if run["row"]]
+    rows = list({(row["seed"], row["recipe"]): row for row in found}.values())
     rows.sort(key=lambda row: (row["seed"], [*args.specs, row["recipe"]].index(row["recipe"]), row["recipe"]))
     if rows:
         write_safely(args.out / "compare.csv", lambda path: append(path, table(rows)))
@@ -572,16 +577,15 @@ def draw_losses(runs: list[Run], out: Path) -> None:
     """The curves, and below them the smoothed difference to bf16 on the same seed: the curves themselves coincide."""
     import matplotlib.pyplot as plt
 
-    def smooth(curve: list[float]) -> Tensor:                       # over a twentieth of the run
-        return torch.tensor(curve).unfold(0, window, 1).mean(1)
     logs = {(run.spec, run.seed): (run.folder / "log.csv").read_text().splitlines() for run in runs}
     losses = {key: [float(row["loss"]) for row in csv.DictReader(lines)] for key, lines in logs.items()}
-    window = max(1, min(map(len, losses.values()), default=1) // 20)
+    window = max(1, min(map(len, losses.values()), default=1) // 20)                       # a twentieth of the run
+    smooth = {key: torch.tensor(curve).unfold(0, window, 1).mean(1) for key, curve in losses.items()}
     figure, (above, below) = plt.subplots(2, figsize=(7, 6), sharex=True, layout="constrained", height_ratios=(2, 1))
     for color, spec in enumerate(dict.fromkeys(spec for spec, _ in losses)):
         curves = {seed: curve for (name, seed), curve in losses.items() if name == spec}
         above.plot([statistics.mean(step) for step in zip(*curves.values())], f"C{color}", label=spec, linewidth=1)
-        pairs = [(100 * (smooth(curve) / smooth(losses["bf16", seed]) - 1)).tolist() for seed, curve in curves.items()
+        pairs = [(100 * (smooth[spec, seed] / smooth["bf16", seed] - 1)).tolist() for seed, curve in curves.items()
                  if len(losses.get(("bf16", seed), [])) == len(curve)]
         if pairs and spec != "bf16":
             mean, half = map(torch.tensor, zip(*(interval(list(step)) for step in zip(*pairs))))
@@ -671,13 +675,11 @@ def seeds_of(args) -> list[int]:
     if args.seeds is not None and args.seed is not None:
         raise ValueError(f"--seed {args.seed} and --seeds {args.seeds}: give one of them")
     flag, given = ("--seed", str(args.seed or 0)) if args.seeds is None else ("--seeds", args.seeds)
-    if not re.fullmatch(r"-?\d{1,20}(,-?\d{1,20})*", given):
-        raise ValueError(f"{flag} {given!r} is no list of seeds: give how many, or 0,5 for those")
-    seeds = [int(seed) for seed in given.split(",")]
+    seeds = [int(seed) for seed in given.split(",")] if re.fullmatch(r"\d{1,20}(,\d{1,20})*", given) else []
     if args.seeds is not None and len(seeds) == 1:
         seeds = list(range(min(seeds[0], 1001)))
-    if not 1 <= len(set(seeds)) == len(seeds) <= 1000 or min(seeds) < 0 or max(seeds) >= 2 ** 63:
-        raise ValueError(f"{flag} {given}: give up to 1000 different seeds from 0 to 2^63 - 1")
+    if not 1 <= len(set(seeds)) == len(seeds) <= 1000 or max(seeds) >= 2 ** 63:
+        raise ValueError(f"{flag} {given}: give how many, or different seeds from 0 to 2^63 - 1, as in 0,5")
     return seeds
 
 
@@ -693,9 +695,10 @@ def preset_of(args) -> tuple[str, Preset]:
     preset = replace(PRESETS[name], **changed)
     layer = 4 * preset.d_model ** 2 + 3 * preset.n_experts * preset.d_model * preset.d_expert
     needed = 16 * (preset.n_layers * layer + 2 * preset.vocab * preset.d_model)     # fp32: weight, gradient, moments
+    needed += 20 * preset.batch * (preset.seq_len * preset.d_model + preset.val_batches)        # a few activations
     if needed > memory:
-        sizes = ", ".join(f"{n}={getattr(preset, n)}" for n in ("n_layers", "d_model", "d_expert", "n_experts"))
-        raise ValueError(f"{sizes}: the optimizer needs {needed / 1e9:,.0f} GB of {memory / 1e9:,.0f}: take less")
+        sizes = ", ".join(f"{name}={size}" for name, size in asdict(preset).items())
+        raise ValueError(f"{sizes} need {needed / 1e9:,.0f} GB of {memory / 1e9:,.0f}: take less")
     if PRESETS[name].d_model > PRESETS[fits].d_model:
         print(f"warning: preset {name} is made for a larger machine than this: {fits} fits", file=sys.stderr)
     return name, preset
@@ -705,10 +708,10 @@ def out_of(args) -> Path | None:
     """--out as a folder, None for the next free one. Raises ValueError."""
     if args.out is None and (args.resume or args.overwrite):
         raise ValueError(f"--{'resume' if args.resume else 'overwrite'} needs --out: name the folder")
-    if args.out == "":
-        raise ValueError("--out '' is no folder: name one")
+    if args.out == "" or args.resume and not os.path.isdir(args.out):
+        raise ValueError(f"--out {args.out!r} is no folder: name one")
     out = Path("out" if args.out is None else args.out)
-    if args.data and Path(args.data).is_dir() and out.resolve().is_relative_to(Path(args.data).resolve()):
+    if args.data and os.path.isdir(args.data) and out.resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--out {str(out)!r} lies inside --data: what a run writes would be data, name another folder")
     return None if args.out is None else out
 
@@ -728,18 +731,9 @@ def claim(out: Path | None):
     return out, file
 
 
-def clear(out: Path) -> None:
-    """Remove the runs in `out` and what was drawn from them, and nothing else."""
-    for folder in (*out.glob("*"), *out.glob("seed-*/*")):
-        if read_run(folder):
-            shutil.rmtree(folder)
-    for name in ("compare.csv", "loss.png"):
-        (out / name).unlink(missing_ok=True)
-
-
 def sample(args) -> None:
     path = Path(args.sample) / "model.pt"
-    if not path.is_file():
+    if not args.sample or not os.path.isfile(path):
         raise ValueError(f"--sample {args.sample!r} holds no model.pt: name a run's folder, as in out/1/flow")
     if not args.prompt:
         raise ValueError("--prompt '' is empty: give at least one character")
@@ -772,8 +766,14 @@ def main(argv=None) -> int:
                     dict(args.same, spec=spec, seed=seed)) for seed in seeds for spec in args.specs]
         for run in runs:
             check_folder(run, args.resume, args.overwrite)
-        if args.overwrite:
-            clear(args.out)
+        asked = {run.folder: run.config for run in runs}
+        for folder, found in runs_in(args.out).items():
+            if args.overwrite:
+                shutil.rmtree(folder)                           # runs, and nothing else
+            else:
+                check_same(folder, found["config"], asked.get(folder, found["config"] | args.same), args.resume)
+        for name in ("compare.csv", "loss.png") if args.overwrite else ():
+            (args.out / name).unlink(missing_ok=True)
     except ValueError as error:
         args.parser.error(str(error))
     print(f"torch {torch.__version__}, triton {triton.__version__}, {machine}; writing to {args.out}")
@@ -790,8 +790,8 @@ def main(argv=None) -> int:
     except KeyboardInterrupt as stopped:
         again = [arg for arg in argv or sys.argv[1:] if arg not in ("--resume", "--overwrite")] + ["--resume"]
         again += [] if out else ["--out", str(args.out)]
-        print(f"train.py: {str(stopped) or 'stopped at once'}; go on with: python train.py {shlex.join(again)}",
-              file=sys.stderr)
+        how = "go on" if args.checkpoint == "last" else "no checkpoint is kept, start this run over"
+        print(f"{str(stopped) or 'stopped at once'}; {how} with: python train.py {shlex.join(again)}", file=sys.stderr)
         return 130
 
 

@@ -1,4 +1,15 @@
-"""All tests. On a GPU the kernels run compiled; without one they run in Triton's interpreter, at small shapes."""
+"""What is promised, and held here. On a GPU the kernels run compiled; without one in Triton's interpreter, small.
+
+    quantize, transpose     numbers computed by hand, then every E4M3 code against exact arithmetic, then random data
+    moving rows             permute, pad and back against plain indexing
+    grouped GEMM            against fp64 on the dequantized operands; the Hopper kernel against the loop, bit for bit;
+                            both compiled for GPUs that are not here
+    routing                 the plan against a plain loop, empty experts and all
+    the layer               against fp64, kernels against twins, recompute, weights that change, memory, no host sync
+    trace and ledger        the casts in the margin of the code, the trace and the profiler say the same
+    what is refused         every wrapper and command, in a sentence that names the argument
+    training                resume, reuse, growing tables, broken losses, probes, the arms that test the comparison
+"""
 import os
 
 import torch

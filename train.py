@@ -606,7 +606,7 @@ def draw_losses(runs: list[Run], out: Path) -> None:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, description=(
         "Train a small MoE GPT in BF16, naive FP8 or casting-free FP8. A SPEC is a recipe (bf16, naive, flow) and the "
-        "switches that differ from it: flow,swiglu=unfused."))
+        f"switches that differ from it: flow,swiglu=unfused; or one that tests a comparison: {', '.join(ARMS)}."))
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--recipe", metavar="SPEC", help="train this (default: flow)")
     what.add_argument("--compare", nargs="*", metavar="SPEC", help="train these alike (default: bf16 naive flow)")
@@ -614,8 +614,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     what.add_argument("--sample", metavar="OUT/SPEC", help="continue --prompt with a model that was trained")
     parser.add_argument("--prompt", default="def ", help="the text that --sample continues (default: %(default)r)")
     parser.add_argument("--preset", choices=PRESETS, help="default: h100; small below 40 GB, tiny without a GPU")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", metavar="PATH", help="a text file or folder (default: torch's own Python source)")
     parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--seeds", metavar="N|A,B,..", help="several: 3 is 0, 1, 2; 0,5 is 0 and 5")
@@ -630,10 +629,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     switches = parser.add_argument_group("switches of a plain --recipe")
     for name, choices in CHOICES.items():
         switches.add_argument(f"--{name}", choices=choices)
-    sizes = parser.add_argument_group("sizes, over those of the preset")
+    sizes = parser.add_argument_group(f"sizes, over those of the preset ({' / '.join(PRESETS)})")
     for field in fields(Preset):
         if field.name != "vocab":                           # bytes are bytes
-            sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type)
+            values = " / ".join(f"{getattr(preset, field.name)}" for preset in PRESETS.values())
+            sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar="N", help=values)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here; use --device cpu")

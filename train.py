@@ -58,9 +58,7 @@ class Preset(GPTConfig):
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr} must be positive and finite")
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch * self.accumulate * self.seq_len
+    tokens_per_step = property(lambda self: self.batch * self.accumulate * self.seq_len)
 
 
 PRESETS = {
@@ -363,9 +361,8 @@ class Trainer:
         torch.manual_seed(run.seed)
         self.model = GPT(preset, recipe_of(run.spec)).to(args.device)
         interfere(self.model, run.spec)
-        if args.compile:
-            for block in self.model.blocks:
-                block.compile()
+        for block in self.model.blocks if args.compile else ():
+            block.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def micro_batch(self, rng: torch.Generator) -> Tensor:
@@ -797,4 +794,7 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # `| head` ends it without a traceback
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped before the first step")

@@ -533,7 +533,7 @@ def time_shares(step) -> dict[str, float]:
 
 
 def bytes_held(layer: Layer) -> int:
-    """What one forward leaves on the GPU for its backward."""
+    """What one forward leaves on the GPU for its backward, besides its inputs."""
     before = torch.cuda.memory_allocated()
     y = layer.forward()
     return torch.cuda.memory_allocated() - before - y.nbytes

@@ -2,8 +2,8 @@
 
     quantize, transpose     numbers computed by hand, then every E4M3 code against exact arithmetic, then random data
     moving rows             permute, pad and back against plain indexing
-    grouped GEMM            against fp64 on the dequantized operands; the Hopper kernel against the loop, bit for bit;
-                            both compiled for GPUs that are not here
+    grouped GEMM            against fp64 on the dequantized operands; on Hopper its kernel against the loop, bit for
+                            bit; everywhere both compiled for GPUs that are not here
     routing                 the plan against a plain loop, empty experts and all
     the layer               against fp64, kernels against twins, recompute, weights that change, memory, no host sync
     trace and ledger        the casts in the margin of the code, the trace and the profiler say the same
@@ -662,7 +662,7 @@ def exact_layer(experts, probs, x, dout, w1, w2):
 
 
 NAMES = ["out", "dx", "dprobs", "dw1", "dw2"]
-# Each FP8 operand adds 2.6% of noise (31.5 dB), and an output passes three or four of them: 31.5 - 10 log10(4) = 25.5
+# Each FP8 operand adds 2.7% of noise (31.5 dB), and an output passes three or four of them: 31.5 - 10 log10(4) = 25.5
 # before SwiGLU spreads it. fp32 scales requantized add a second rounding to half of the wgrad operands.
 FP8_BAR, REQUANT_BAR, BF16_BAR = 22, 20, 42
 
@@ -1171,7 +1171,7 @@ def test_training(tmp_path):
         log = read_log(tmp_path / row["recipe"] / "log.csv")
         losses = [float(r["loss"]) for r in log]
         assert len(log) == 30 and losses[0] > 5 and losses[-1] < 3.6                # ln 256 = 5.5 at the start
-        assert abs(float(row["delta_pct"])) < 0.5                                   # 0.05% on a CPU
+        assert abs(float(row["delta_pct"])) < 0.3           # without the gradient of w1 it is 0.45
         assert abs(sum(float(log[-1][f"load_{e}"]) for e in range(4)) - 1) < 1e-3
         left = sorted(p.name for p in (tmp_path / row["recipe"]).iterdir())
         assert left == ["log.csv", "model.pt", "run.json", "sample.txt"]
@@ -1351,7 +1351,7 @@ def test_the_ladder_and_seeds(here, files, capsys):
     assert list(rows[0])[-1] == "seed" and [r["seed"] for r in rows] == ["0", "0", "2", "2", "5", "5"]
     assert (files / "here/y/seed-5/flow/log.csv").exists()
     printed = capsys.readouterr().out
-    assert "over 3 seeds" in printed and re.search(r"of bf16, 95% interval [+-][\d.]+% to [+-]", printed)
+    assert "over 3 seeds" in printed and re.search(r"of bf16 in 3, 95% interval [+-][\d.]+% to [+-]", printed)
 
 
 def test_interval():
@@ -1359,7 +1359,10 @@ def test_interval():
     assert mean == 2 and abs(half - 4.303 / 3 ** 0.5) < 1e-9            # t of 2 degrees of freedom, s = 1
     lines = train_py.summary([dict(recipe=r, seed=s, val_loss=v) for r, s, v in (
         ("bf16", 0, 1.0), ("bf16", 1, 2.0), ("flow", 0, 1.01), ("flow", 1, 2.02))])
-    assert "+1.000% of bf16, 95% interval +1.000% to +1.000%" in lines[1]
+    assert "+1.000% of bf16 in 2, 95% interval +1.000% to +1.000%" in lines[1]
+    lines = train_py.summary([dict(recipe=r, seed=s, val_loss=v) for r, s, v in (("flow", 0, 1.0), ("flow", 1, 2.0),
+        ("flow-harmed", 0, 1.03), ("flow-harmed", 1, 2.06), ("flow-harmed", 2, 9.0))])          # an arm: to its recipe
+    assert "over 3 seeds; +3.000% of flow in 2, 95% interval +3.000% to +3.000%" in lines[1]
 
 
 def test_split_and_tables():

@@ -252,7 +252,7 @@ class Log:
 
     def write(self, model: GPT, seconds: float, val_loss: float) -> float:
         """The pending steps, which took `seconds`, the last with `val_loss`; its loss. Raises FloatingPointError."""
-        names = [f"gradient of {name}" for name, _ in model.named_parameters()]
+        names = ["gradient norm", *(f"gradient of {name}" for name, _ in model.named_parameters())]
         speed, rows = f"{len(self.pending) * self.preset.tokens_per_step / seconds:.1f}", []
         for step, values in self.pending:
             loss, balance, norm, bad, *load = values.tolist()
@@ -375,18 +375,18 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         """[loss, load-balancing loss, gradient norm, the last weight whose gradient is not finite (its place from the
-        end), each expert's share of the tokens], still on the device."""
+        end, -1: none), each expert's share of the tokens], still on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.preset)
         losses = torch.stack([self.micro_batch(self.rng) for _ in range(self.preset.accumulate)]).mean(0)
         norms = torch.stack([p.grad.norm() for p in self.model.parameters()])
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), CLIP, norms.norm())
+        norm, bad = norms.norm(), norms.isfinite().logical_not().flip(0).int()
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), CLIP, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        bad = norms.isfinite().logical_not().flip(0).int().argmax()
         load = torch.stack([moe.load for moe in self.model.moes]).mean(0)
-        return torch.cat([losses, norms.norm()[None], bad[None], load])
+        return torch.cat([losses, norm[None], (bad.argmax() - 1 + bad.max())[None], load])
 
     def save(self) -> None:
         write_safely(self.run.checkpoint, lambda path: torch.save({
@@ -410,7 +410,7 @@ class Trainer:
                 os.truncate(path, saved["lengths"].get(path.name, 0))
 
     def memory(self) -> dict[str, float]:
-        """What the peak of the GPU's memory consists of, in GB; empty on a CPU."""
+        """What the peak of the GPU's memory consists of, in GB, all gradients counted; empty on a CPU."""
         if self.device == "cpu":
             return {}
         weights = list(self.model.parameters())
@@ -477,13 +477,12 @@ def what_is_due(step: int, preset: Preset, args, stopping: bool) -> set[str]:
 
 def finish(trainer: Trainer, row: dict, args) -> None:
     """The weights first: nothing that fails after training may cost them. Then the rest, and the run has finished."""
-    run = trainer.run
     if args.checkpoint == "last":
-        weights = {"spec": run.spec, "preset": asdict(trainer.preset), "model": trainer.model.state_dict()}
-        write_safely(run.folder / "model.pt", lambda path: torch.save(weights, path))
-        (run.folder / "sample.txt").write_bytes(trainer.model.generate(b"def ", 200, run.seed))
-    run.write(row)
-    run.checkpoint.unlink(missing_ok=True)
+        weights = {"spec": trainer.run.spec, "preset": asdict(trainer.preset), "model": trainer.model.state_dict()}
+        write_safely(trainer.run.folder / "model.pt", lambda path: torch.save(weights, path))
+        (trainer.run.folder / "sample.txt").write_bytes(trainer.model.generate(b"def ", 200, trainer.run.seed))
+    trainer.run.write(row)
+    trainer.run.checkpoint.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,25 +507,26 @@ def table(rows: list[dict]) -> list[dict]:
 def interval(values: list[float]) -> tuple[float, float]:
     """(mean, half of its 95% interval) by Student's t; the half is nan for one value."""
     deviation = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
-    t = T_975[min(max(len(values) - 2, 0), len(T_975) - 1)]
-    return statistics.mean(values), t * deviation / len(values) ** 0.5
+    degrees = min(max(len(values) - 1, 1), len(T_975))
+    return statistics.mean(values), T_975[degrees - 1] * deviation / len(values) ** 0.5
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Means over the seeds, and the paired differences to bf16."""
+    """Means over the seeds, and the paired differences to bf16, or of an arm to its recipe."""
     if len({row["seed"] for row in rows}) < 2:
         return ["  One seed: differences of this size are chaos, not evidence; --seeds gives intervals."]
-    lines, base = [], {row["seed"]: row for row in rows if row["recipe"] == "bf16"}
+    lines, losses = [], {(row["recipe"], row["seed"]): row["val_loss"] for row in rows}
     for spec in dict.fromkeys(row["recipe"] for row in rows):
         mine = [row for row in rows if row["recipe"] == spec]
         mean, half = interval([row["val_loss"] for row in mine])
         line = f"  {spec:36} val loss {mean:.4f} over {len(mine)} seeds"
-        pairs = [100 * (row["val_loss"] / base[row["seed"]]["val_loss"] - 1) for row in mine if row["seed"] in base]
+        base = ARMS.get(spec, "bf16")
+        pairs = [100 * (r["val_loss"] / losses[base, r["seed"]] - 1) for r in mine if (base, r["seed"]) in losses]
         if spec == "bf16":
             line += f", 95% interval of the mean +-{half:.4f} ({100 * half / mean:.2f}%)"
         elif pairs:
-            delta, half = interval(pairs)
-            line += f", {delta:+.3f}% of bf16, 95% interval {delta - half:+.3f}% to {delta + half:+.3f}%"
+            mean, half = interval(pairs)
+            line += f"; {mean:+.3f}% of {base} in {len(pairs)}, 95% interval {mean - half:+.3f}% to {mean + half:+.3f}%"
         lines.append(line)
     return lines
 
@@ -780,7 +780,7 @@ def main(argv=None) -> int:
     print(f"on the validation text a table of byte pairs reaches {pairs:.3f} nats, one of triples {triples:.3f}")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)                # with warn_only attention's backward would still vary
         torch.utils.deterministic.fill_uninitialized_memory = False         # the kernels write what they read
     try:
         return int(compare(runs, preset, train_text.to(args.device), val_text.to(args.device), args) > 0)

@@ -491,8 +491,8 @@ def _scaling_aware_transpose_kernel(data, scale,            # [T, C] uint8, [C/1
     codes = tl.load(data + r[:, None] * C + c[None, :], mask=(r >= 0)[:, None], other=0)
     top = tl.max(s, 0)
     k = (top.to(tl.int32, bitcast=True) - s.to(tl.int32, bitcast=True)) >> 23                   # log2(top / s) >= 0
-    # 2^-k in fp16, which holds every code and whatever of it E4M3 can still see; k = 18 is the last that leaves a code
-    shift = tl.where(k <= 20, (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True), 0.0).to(tl.float16)
+    # 2^-k in fp16, which holds every code and whatever of it E4M3 can still see: k = 18 is the last that leaves a code
+    shift = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True).to(tl.float16)
     codes = _encode(codes.to(tl.float8e4nv, bitcast=True).to(tl.float16) * shift[:, None])
     tl.store(out + c[:, None].to(tl.int64) * M + slot[None, :], tl.trans(codes))
     tl.store(out_scale + i * (C // TILE) + j, top)
@@ -1070,8 +1070,8 @@ def _hopper_options(b_per: int, out_bytes: int) -> tuple[tuple[int, int], dict]:
     a ring that the compiler drops where nobody uses it. The launch counts 12 warps, the loader as four: with 168
     registers a thread they fill the register file.
     """
-    box = BLOCK // 2, BLOCK if out_bytes == 2 else BLOCK // 4
-    return box, dict(STAGES=4 if b_per == BLOCK else 3, BUFFERS=out_bytes, num_warps=4, maxnreg=168)
+    columns, turns = (BLOCK, 1) if out_bytes == 2 else (BLOCK // 4, 2)
+    return (BLOCK // 2, columns), dict(STAGES=4 if b_per == BLOCK else 3, BUFFERS=2 * turns, num_warps=4, maxnreg=168)
 
 
 def _launch_gemm(a: QTensor, b: QTensor, out: Tensor, tile_expert: Tensor, ends: Tensor) -> Tensor:

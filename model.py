@@ -56,18 +56,19 @@ class RMSNorm(nn.RMSNorm):
 
 
 @lru_cache
-def rotation(S: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, width/2] of the angles by which position s turns pair i of a head: s * 10000^(-2i/width)."""
+def rotation(S: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos [S, width], for both elements of a pair, and sin [S, width/2] of the angles by which position s turns pair i
+    of a head: s * 10000^(-2i/width)."""
     angles = torch.arange(S, device=device)[:, None] * 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
-    return angles.cos(), angles.sin()
+    return torch.cat([angles, angles], dim=-1).cos().to(dtype), angles.sin().to(dtype)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Elements i and d/2 + i of x [..., S, d], a pair (a, b), become (a cos - b sin, b cos + a sin)."""
+def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
+    """Elements i and d/2 + i of x [..., S, d], a pair (a, b), become (a cos - b sin, b cos + a sin); sign=-1: back."""
     half = x.shape[-1] // 2
-    y = x * torch.cat([cos, cos], dim=-1)
-    y[..., :half].addcmul_(x[..., half:], sin, value=-1)
-    y[..., half:].addcmul_(x[..., :half], sin)
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+    y[..., half:].addcmul_(x[..., :half], sin, value=sign)
     return y
 
 
@@ -82,8 +83,7 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        cos, sin = ctx.saved_tensors
-        return turn(dy, cos, -sin), None, None
+        return turn(dy, *ctx.saved_tensors, sign=-1), None, None
 
 
 class Attention(nn.Module):
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         self.out = Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, S, D] bf16, angles: cos and sin of `rotation` in bf16 -> [B, S, D]."""
+        """x [B, S, D] bf16, angles: what `rotation` returns, in bf16 -> [B, S, D]."""
         qkv = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
         qk, v = qkv.split([2, 1])
         q, k = Rotary.apply(F.rms_norm(qk, qk.shape[-1:]), *angles)         # normalised: no logit can run away
@@ -161,8 +161,7 @@ class GPT(nn.Module):
         """tokens [B, S] int64 -> logits [B, S, vocab] bf16; with targets, the mean cross-entropy in nats and the mean
         load-balancing loss over the layers (both fp32)."""
         x, balances = self.embed(tokens).bfloat16(), []
-        tables = rotation(tokens.shape[1], self.config.d_model // self.config.n_heads, tokens.device)
-        angles = tuple(table.to(x.dtype) for table in tables)
+        angles = rotation(tokens.shape[1], self.config.d_model // self.config.n_heads, x.device, x.dtype)
         for block in self.blocks:
             x, balance = block(x, angles)
             balances.append(balance)

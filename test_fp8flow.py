@@ -1318,6 +1318,14 @@ def test_damaged_checkpoint_and_sampling(here, files, capsys, monkeypatch):
     assert here("--out", "z", "--checkpoint", "none") == 0 and not (files / "here/z/flow/model.pt").exists()
 
 
+def test_compile_is_for_what_is_not_the_experts(here, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(model.Block, "compile", lambda self: compiled.append(self))
+    assert here("--steps", "2") == 0 and compiled == []
+    assert here("--steps", "2", "--compile") == 0 and len(compiled) == 2
+    assert fp8flow.Experts.forward._torchdynamo_disable
+
+
 def test_probe_changes_nothing(here, files):
     assert here("--out", "plain") == here("--out", "probed", "--probe", "12") == 0
     plain, probed = (read_log(files / "here" / out / "flow/log.csv") for out in ("plain", "probed"))
@@ -1380,11 +1388,11 @@ def test_split_and_tables():
 
 def test_rotary_sees_distances():
     q, k = torch.randn(2, 1, 1, 1, 64).expand(-1, -1, -1, 40, -1)       # one vector at every position
-    angles = model.rotation(40, 64, q.device)
+    angles = model.rotation(40, 64, q.device, q.dtype)
     scores = model.turn(q, *angles) @ model.turn(k, *angles).mT
     assert torch.allclose(scores[0, 0, 5, 3], scores[0, 0, 37, 35], atol=1e-4) and scores.std() > 0.1
     assert torch.equal(model.turn(q, *angles)[..., 0, :], q[..., 0, :])  # position 0 is not turned
-    x, angles = torch.randn(2, 5, 8).double().requires_grad_(), [t.double() for t in model.rotation(5, 8, q.device)]
+    x, angles = torch.randn(2, 5, 8).double().requires_grad_(), model.rotation(5, 8, q.device, torch.float64)
     assert torch.autograd.gradcheck(lambda x: model.Rotary.apply(x, *angles), x)
 
 

@@ -754,7 +754,7 @@ def main(argv=None) -> int:
         texts, what = read_corpus(args.data)
         train_text, val_text, how = split_corpus(texts, preset.seq_len)
         digest = hashlib.sha256(b"|".join(text.numpy().tobytes() for text in (train_text, val_text))).hexdigest()[:12]
-        (args.out, held), args.many = claim(out), args.seeds is not None        # held until this function returns
+        (args.out, args.lock), args.many = claim(out), args.seeds is not None       # locked until this function returns
         machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU (PyTorch twins, slowly)"
         args.same = dict(asdict(preset), data=digest, source=source_hash(), torch=str(torch.__version__),
                          triton=triton.__version__, machine=machine, deterministic=args.deterministic,

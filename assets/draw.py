@@ -20,7 +20,8 @@ import fp8flow
 import kernels
 
 RED, BLUE, GRAY, INK = "#c8102e", "#1f6fb2", "#8a8f98", "#222222"
-KINDS = {"GEMM": GRAY, "transpose": "#e2a03f", "SwiGLU": BLUE, "cast": RED, "permute": "#5a9e6f", "other": "#d0d3d8"}
+PALE = "#d0d3d8"
+KINDS = dict(zip(fp8flow.SHARES, (GRAY, "#e2a03f", BLUE, RED, "#5a9e6f", PALE), strict=True))
 
 
 def dataflow() -> None:
@@ -42,7 +43,7 @@ def dataflow() -> None:
         backward = [launch.direction for launch in launches].index("backward")
         panel.axhline(backward, 0.02, 0.98, color=INK, linewidth=0.6, linestyle=":")
         for rail, label in enumerate(("bf16", "fp8")):
-            panel.plot([rail, rail], [0, len(launches)], color="#d0d3d8", linewidth=5, zorder=0)
+            panel.plot([rail, rail], [0, len(launches)], color=PALE, linewidth=5, zorder=0)
             panel.text(rail, -0.5, label, ha="center", color=INK)
         panel.set(title=f"{name}: {len(launches)} launches, {casts} casts", xlim=(-0.3, 5.2), ylim=(34.5, -1.3))
         panel.axis("off")

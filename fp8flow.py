@@ -315,7 +315,8 @@ class FP8Experts(torch.autograd.Function):
 
 @recorded()
 def torch_grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    return grouped_mm(a, b, offs=ends)
+    wide = torch.float32 if a.is_cpu else a.dtype           # few CPUs multiply bf16 at the speed of fp32; sums alike
+    return grouped_mm(a.to(wide), b.to(wide), offs=ends).to(a.dtype)
 
 
 def keep_bf16(ctx, x: Tensor, xp: Tensor, h: Tensor, a: Tensor, *others) -> None:
@@ -520,8 +521,7 @@ SHARES = {"GEMM": ("gemm", "cutlass", "Gemm"), "transpose": ("transpose",), "Swi
 
 def time_shares(step) -> dict[str, float]:
     """Milliseconds of GPU time by kind of kernel in one step, from the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
         for _ in range(4):
             step()
         torch.cuda.synchronize()

@@ -37,15 +37,17 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be a multiple of 128, the FP8 block")
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k={self.top_k} must not exceed n_experts={self.n_experts}")
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model} into heads of even width")
+        if self.d_model % (8 * self.n_heads):
+            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model} into heads whose width is a "
+                             "multiple of 8")
 
 
 class Linear(nn.Linear):
-    """fp32 master weight, computed in the dtype of the input."""
+    """fp32 master weight, rounded to the dtype of the input; sums are fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        wide = torch.float32 if x.is_cpu else x.dtype       # few CPUs multiply bf16 at the speed of fp32
+        return F.linear(x.to(wide), self.weight.to(x.dtype).to(wide)).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -57,18 +59,22 @@ class RMSNorm(nn.RMSNorm):
 
 @lru_cache
 def rotation(S: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos [S, width], for both elements of a pair, and sin [S, width/2] of the angles by which position s turns pair i
-    of a head: s * 10000^(-2i/width)."""
-    angles = torch.arange(S, device=device)[:, None] * 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    """cos [S, 1, 1, r], for both elements of a pair, and sin [S, 1, 1, r/2] of the angles by which position s turns the
+    pairs i of a head: s * 10000^(-2i/r). r is at most 32: as in GPT-NeoX, a quarter of a head of 128 turns."""
+    r = min(width, 32)
+    angles = torch.arange(S, device=device)[:, None] * 10000.0 ** (-torch.arange(0, r, 2, device=device) / r)
+    angles = angles[:, None, None]
     return torch.cat([angles, angles], dim=-1).cos().to(dtype), angles.sin().to(dtype)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
-    """Elements i and d/2 + i of x [..., S, d], a pair (a, b), become (a cos - b sin, b cos + a sin); sign=-1: back."""
-    half = x.shape[-1] // 2
-    y = x * cos
-    y[..., :half].addcmul_(x[..., half:], sin, value=-sign)
-    y[..., half:].addcmul_(x[..., :half], sin, value=sign)
+    """x [B, S, ., H, d] -> the same, of which elements i and r/2 + i, a pair (a, b) of the first r, have become
+    (a cos - b sin, b cos + a sin). sign=-1: back."""
+    y, half = x.clone(), sin.shape[-1]
+    a, b = x[..., :half], x[..., half:2 * half]
+    y[..., :2 * half].mul_(cos)
+    y[..., :half].addcmul_(b, sin, value=-sign)
+    y[..., half:2 * half].addcmul_(a, sin, value=sign)
     return y
 
 
@@ -89,16 +95,17 @@ class Rotary(torch.autograd.Function):
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_heads = config.n_heads
-        self.qkv = Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out = Linear(config.d_model, config.d_model, bias=False)
+        self.n_heads, D = config.n_heads, config.d_model
+        self.qk, self.v, self.out = (Linear(D, width, bias=False) for width in (2 * D, D, D))
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, S, D] bf16, angles: what `rotation` returns, in bf16 -> [B, S, D]."""
-        qkv = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
-        qk, v = qkv.split([2, 1])
-        q, k = Rotary.apply(F.rms_norm(qk, qk.shape[-1:]), *angles)         # normalised: no logit can run away
-        y = F.scaled_dot_product_attention(q, k, v[0], is_causal=True)
+        qk = rearrange(self.qk(x), "b s (two d) -> b s two d", two=2)
+        qk = F.rms_norm(qk, qk.shape[-1:])                                  # no logit can run away (as in OLMo 2)
+        qk = Rotary.apply(rearrange(qk, "b s two (h d) -> b s two h d", h=self.n_heads), *angles)
+        v = rearrange(self.v(x), "b s (h d) -> b s h d", h=self.n_heads)
+        q, k, v = (rearrange(t, "b s h d -> b h s d") for t in (*qk.unbind(2), v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 

@@ -1116,6 +1116,7 @@ BAD = [  # what is typed ({tmp} holds the files below), and what the last line m
     ("--data {tmp}/text --out {tmp}/taken", "something else"), ("--resume", "--resume needs --out"),
     ("--overwrite", "--overwrite needs --out"), ("--resume --overwrite --out {tmp}/x", "--overwrite"),
     ("--resume --out {tmp}/x", "is no folder"), ("--sample=", "--sample ''"), ("--data " + 300 * "x", "does not exist"),
+    ("--prompt x", "--prompt 'x'"), ("--prompt= --sample {tmp}/damaged", "--prompt ''"),
     ("--sample {tmp}/folder", "model.pt"), ("--sample {tmp}/damaged", "damaged")]
 BAD += [] if CUDA else [("--device cuda", "--device cuda")]
 
@@ -1387,12 +1388,14 @@ def test_split_and_tables():
 # the model
 
 def test_rotary_sees_distances():
-    q, k = torch.randn(2, 1, 1, 1, 64).expand(-1, -1, -1, 40, -1)       # one vector at every position
+    q, k = torch.randn(2, 1, 1, 1, 1, 64).expand(-1, -1, 40, -1, -1, -1)    # one vector at every position
     angles = model.rotation(40, 64, q.device, q.dtype)
-    scores = model.turn(q, *angles) @ model.turn(k, *angles).mT
-    assert torch.allclose(scores[0, 0, 5, 3], scores[0, 0, 37, 35], atol=1e-4) and scores.std() > 0.1
-    assert torch.equal(model.turn(q, *angles)[..., 0, :], q[..., 0, :])  # position 0 is not turned
-    x, angles = torch.randn(2, 5, 8).double().requires_grad_(), model.rotation(5, 8, q.device, torch.float64)
+    turned = [model.turn(t, *angles)[0, :, 0, 0] for t in (q, k)]
+    scores = turned[0] @ turned[1].T
+    assert torch.allclose(scores[5, 3], scores[37, 35], atol=1e-4) and scores.std() > 0.1
+    assert torch.equal(turned[0][0], q[0, 0, 0, 0])                         # position 0 is not turned
+    assert torch.equal(turned[0][:, 32:], q[0, :, 0, 0, 32:])               # and what is past 32 elements never is
+    x, angles = torch.randn(2, 5, 1, 1, 16).double().requires_grad_(), model.rotation(5, 16, q.device, torch.float64)
     assert torch.autograd.gradcheck(lambda x: model.Rotary.apply(x, *angles), x)
 
 

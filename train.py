@@ -65,7 +65,7 @@ PRESETS = {
     "tiny": Preset(n_layers=2, d_model=128, n_heads=4, d_expert=128, n_experts=4, top_k=2, seq_len=128, batch=8,
                    accumulate=1, steps=300, lr=2e-3, val_every=100, val_batches=64),
     "small": Preset(n_layers=4, d_model=1024, n_heads=8, d_expert=1024, n_experts=8, top_k=2, seq_len=512, batch=32,
-                    accumulate=1, steps=800, lr=8e-4, val_every=200, val_batches=64),
+                    accumulate=1, steps=1200, lr=8e-4, val_every=400, val_batches=64),
     "h100": Preset(n_layers=3, d_model=2048, n_heads=16, d_expert=2048, n_experts=16, top_k=4, seq_len=1024, batch=16,
                    accumulate=2, steps=700, lr=5e-4, val_every=175, val_batches=64),
 }
@@ -609,7 +609,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     what.add_argument("--compare", nargs="*", metavar="SPEC", help="train these alike (default: bf16 naive flow)")
     what.add_argument("--ablate", action="store_true", help="compare the steps from naive to flow")
     what.add_argument("--sample", metavar="OUT/SPEC", help="continue --prompt with a model that was trained")
-    parser.add_argument("--prompt", default="def ", help="the text that --sample continues (default: %(default)r)")
+    parser.add_argument("--prompt", help="the text that --sample continues (default: 'def ')")
     parser.add_argument("--preset", choices=PRESETS, help="default: h100; small below 40 GB, tiny without a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", metavar="PATH", help="a text file or folder (default: torch's own Python source)")
@@ -636,6 +636,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--device cuda: PyTorch sees no GPU here; use --device cpu")
     if args.probe is not None and args.probe < 1:
         parser.error(f"--probe {args.probe} must be at least 1: the steps between two looks")
+    if args.prompt == "" or args.prompt and args.sample is None:
+        parser.error(f"--prompt {args.prompt!r}: give one character or more, and --sample OUT/SPEC to continue them")
     args.parser = parser
     return args
 
@@ -732,14 +734,12 @@ def sample(args) -> None:
     path = Path(args.sample) / "model.pt"
     if not args.sample or not os.path.isfile(path):
         raise ValueError(f"--sample {args.sample!r} holds no model.pt: name a run's folder, as in out/1/flow")
-    if not args.prompt:
-        raise ValueError("--prompt '' is empty: give at least one character")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"--sample {args.sample!r}: model.pt is damaged, train again")
     saved = torch.load(path, map_location=args.device, weights_only=True)
     model = GPT(Preset(**saved["preset"]), recipe_of(saved["spec"])).to(args.device)
     model.load_state_dict(saved["model"])
-    print(model.generate(os.fsencode(args.prompt), 400, seeds_of(args)[0]).decode("utf-8", "replace"))
+    print(model.generate(os.fsencode(args.prompt or "def "), 400, seeds_of(args)[0]).decode("utf-8", "replace"))
 
 
 def main(argv=None) -> int:

@@ -38,16 +38,19 @@ class GPTConfig:
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k={self.top_k} must not exceed n_experts={self.n_experts}")
         if self.d_model % (8 * self.n_heads):
-            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model} into heads whose width is a "
-                             "multiple of 8")
+            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model} into heads of 8, 16, 24, ...")
+
+
+def wide(x: Tensor) -> Tensor:
+    """What is multiplied: few CPUs multiply bf16 at the speed of fp32."""
+    return x.float() if x.is_cpu else x
 
 
 class Linear(nn.Linear):
-    """fp32 master weight, rounded to the dtype of the input; sums are fp32."""
+    """fp32 master weight, rounded to the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.float32 if x.is_cpu else x.dtype       # few CPUs multiply bf16 at the speed of fp32
-        return F.linear(x.to(wide), self.weight.to(x.dtype).to(wide)).to(x.dtype)
+        return F.linear(wide(x), wide(self.weight.to(x.dtype))).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -104,9 +107,9 @@ class Attention(nn.Module):
         qk = F.rms_norm(qk, qk.shape[-1:])                                  # no logit can run away (as in OLMo 2)
         qk = Rotary.apply(rearrange(qk, "b s two (h d) -> b s two h d", h=self.n_heads), *angles)
         v = rearrange(self.v(x), "b s (h d) -> b s h d", h=self.n_heads)
-        q, k, v = (rearrange(t, "b s h d -> b h s d") for t in (*qk.unbind(2), v))
+        q, k, v = (wide(rearrange(t, "b s h d -> b h s d")) for t in (*qk.unbind(2), v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(rearrange(y, "b h s d -> b s (h d)"))
+        return self.out(rearrange(y, "b h s d -> b s (h d)").to(x.dtype))
 
 
 class MoE(nn.Module):

@@ -64,8 +64,8 @@ def layer() -> None:
         times, before = [times[i] for _, times in rows], [sum(times[:i]) for _, times in rows]
         axes.barh([spec for spec, _ in rows], times, left=before, color=color, label=kind)
     axes.invert_yaxis()
-    axes.set(xlabel=f"GPU ms, forward and backward of one layer ({lines[first]})")
-    axes.legend(ncols=len(KINDS), loc="lower center", bbox_to_anchor=(0.4, 1.0), frameon=False)
+    figure.supxlabel(f"GPU ms, forward and backward of one layer ({lines[first]})", fontsize="medium")
+    figure.legend(ncols=len(KINDS), loc="outside upper center", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(HERE / "layer.png", dpi=130, facecolor="white")
 

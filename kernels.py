@@ -607,27 +607,27 @@ def _swiglu_kernel(h, prob, tile_expert,                    # h [M, 2F] bf16, pr
 def _swiglu_backward_kernel(da, h, prob, tile_expert,       # [M, F] bf16, [M, 2F] bf16, [M] fp32, [M/128] or None
                             dh, dh_scale, dprob,            # [M, 2F] uint8 and [2F/128, M], or bf16 and None; [M]
                             a, a_scale,                     # [M, F] uint8 and [F/128, M], or None and None
-                            M, F, POW2: tl.constexpr, C_TILE: tl.constexpr, TILE: tl.constexpr):
-    """Grid (M,): a program owns a row, so that dprob is a plain sum. Reads 6MF, writes 3MF bytes (4MF unquantized)."""
-    r = tl.program_id(0).to(tl.int64)
+                            M, F, POW2: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, TILE: tl.constexpr):
+    """Grid (M/R_TILE,): a program owns whole rows, so that dprob is a plain sum. Reads 6MF, writes 3MF bytes (4MF
+    unquantized)."""
     if tile_expert is not None:
-        if tl.load(tile_expert + r // TILE) < 0:
+        if tl.load(tile_expert + tl.program_id(0) * R_TILE // TILE) < 0:
             return
+    r = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)[:, None]
     c = tl.arange(0, C_TILE)[None, :]                       # C_TILE is the power of two that holds F
-    live = c < F
+    live = (r < M) & (c < F)
     gate = tl.load(h + r * F * 2 + c, mask=live, other=0.0).to(tl.float32)
     up = tl.load(h + r * F * 2 + F + c, mask=live, other=0.0).to(tl.float32)
     d = tl.load(da + r * F + c, mask=live, other=0.0).to(tl.float32)
-    p = tl.load(prob + r)
+    p = tl.load(prob + r, mask=r < M, other=0.0)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    tl.store(dprob + r, tl.sum(tl.sum(d * silu * up, 1), 0))
+    tl.store(dprob + r, tl.sum(d * silu * up, 1, keep_dims=True), mask=r < M)
     y = silu * up * p
-    d *= p
-    dgate, dup = d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * silu
+    dgate, dup = d * p * up * sigmoid * (1 + gate * (1 - sigmoid)), d * p * silu
     if dh_scale is not None:
         block = tl.arange(0, C_TILE // TILE)[None, :]
-        scaled = block * TILE < F
+        scaled = (r < M) & (block * TILE < F)
         dgate, s = _quantize_blocks(dgate, POW2, TILE)
         tl.store(dh_scale + block.to(tl.int64) * M + r, s, mask=scaled)
         dup, s = _quantize_blocks(dup, POW2, TILE)
@@ -658,10 +658,11 @@ def _launch_swiglu(h, prob, tiles, a, scale=None, scales="pow2") -> None:
 
 
 def _launch_swiglu_backward(da, h, prob, tiles, dh, dh_scale, dprob, a=None, a_scale=None, scales="pow2") -> None:
-    M, F = da.shape
-    _swiglu_backward_kernel[M,](
+    (M, F), c_tile = da.shape, triton.next_power_of_2(da.shape[1])
+    r_tile = triton.cdiv(2048, c_tile)                      # whole rows, 2048 outputs a program or more
+    _swiglu_backward_kernel[triton.cdiv(M, r_tile),](
         da.contiguous(), h.contiguous(), prob.contiguous(), _contiguous(tiles), dh, dh_scale, dprob, a, a_scale, M, F,
-        POW2=scales == "pow2", C_TILE=triton.next_power_of_2(F), TILE=BLOCK, num_warps=4)
+        POW2=scales == "pow2", R_TILE=r_tile, C_TILE=c_tile, TILE=BLOCK, num_warps=4)
 
 
 @recorded()

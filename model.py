@@ -62,22 +62,19 @@ class RMSNorm(nn.RMSNorm):
 
 @lru_cache
 def rotation(S: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos [S, 1, 1, r], for both elements of a pair, and sin [S, 1, 1, r/2] of the angles by which position s turns the
-    pairs i of a head: s * 10000^(-2i/r). r is at most 32: as in GPT-NeoX, a quarter of a head of 128 turns."""
-    r = min(width, 32)
-    angles = torch.arange(S, device=device)[:, None] * 10000.0 ** (-torch.arange(0, r, 2, device=device) / r)
+    """cos [S, 1, 1, d], for both elements of a pair, and sin [S, 1, 1, d/2] of the angles by which position s turns the
+    pairs i of a head of width d: s * 10000^(-2i/d)."""
+    angles = torch.arange(S, device=device)[:, None] * 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
     angles = angles[:, None, None]
     return torch.cat([angles, angles], dim=-1).cos().to(dtype), angles.sin().to(dtype)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
-    """x [B, S, ., H, d] -> the same, of which elements i and r/2 + i, a pair (a, b) of the first r, have become
+    """x [B, S, ., H, d] -> the same, of which elements i and d/2 + i, a pair (a, b), have become
     (a cos - b sin, b cos + a sin). sign=-1: back."""
-    y, half = x.clone(), sin.shape[-1]
-    a, b = x[..., :half], x[..., half:2 * half]
-    y[..., :2 * half].mul_(cos)
-    y[..., :half].addcmul_(b, sin, value=-sign)
-    y[..., half:2 * half].addcmul_(a, sin, value=sign)
+    y, half = x * cos, sin.shape[-1]
+    y[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+    y[..., half:].addcmul_(x[..., :half], sin, value=sign)
     return y
 
 
@@ -103,9 +100,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, S, D] bf16, angles: what `rotation` returns, in bf16 -> [B, S, D]."""
-        qk = rearrange(self.qk(x), "b s (two d) -> b s two d", two=2)
-        qk = F.rms_norm(qk, qk.shape[-1:])                                  # no logit can run away (as in OLMo 2)
-        qk = Rotary.apply(rearrange(qk, "b s two (h d) -> b s two h d", h=self.n_heads), *angles)
+        qk = rearrange(self.qk(x), "b s (two h d) -> b s two h d", two=2, h=self.n_heads)
+        qk = Rotary.apply(F.rms_norm(qk, qk.shape[-1:]), *angles)           # normalised: no logit can run away
         v = rearrange(self.v(x), "b s (h d) -> b s h d", h=self.n_heads)
         q, k, v = (wide(rearrange(t, "b s h d -> b h s d")) for t in (*qk.unbind(2), v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -1174,13 +1174,13 @@ def test_training(tmp_path):
         log = read_log(tmp_path / row["recipe"] / "log.csv")
         losses = [float(r["loss"]) for r in log]
         assert len(log) == 30 and losses[0] > 5 and losses[-1] < 3.6                # ln 256 = 5.5 at the start
-        assert abs(float(row["delta_pct"])) < 0.3           # without the gradient of w1 it is 0.45
+        assert abs(float(row["delta_pct"])) < 0.6           # without the gradient of w1 it is 1.0
         assert abs(sum(float(log[-1][f"load_{e}"]) for e in range(4)) - 1) < 1e-3
         left = sorted(p.name for p in (tmp_path / row["recipe"]).iterdir())
         assert left == ["log.csv", "model.pt", "run.json", "sample.txt"]
 
 
-SMALL = "--preset tiny --device cpu --batch 1 --seq-len 32 --val-batches 1 --steps 24 --val-every 8".split()
+SMALL = "--preset tiny --n-layers 2 --device cpu --batch 1 --seq-len 32 --val-batches 1 --steps 24 --val-every 8".split()
 
 
 @pytest.fixture
@@ -1238,7 +1238,7 @@ def test_runs_are_reused_refused_or_cleared(here, files, monkeypatch, capsys):
     log = (files / "here/x/bf16/log.csv").read_bytes()
     assert here("--compare", "bf16", "flow", "--out", "x") == 0 and "reused" in capsys.readouterr().out
     assert (files / "here/x/bf16/log.csv").read_bytes() == log
-    for changes, says in ((["--lr", "1e-3"], "lr (0.002 there, 0.001 now)"),
+    for changes, says in ((["--lr", "1e-3"], "lr (0.004 there, 0.001 now)"),
                           (["--seed", "1"], "seed (0 there, 1 now)")):
         with pytest.raises(SystemExit):
             here("--recipe", "bf16", "--out", "x", *changes)
@@ -1261,7 +1261,7 @@ def test_runs_are_reused_refused_or_cleared(here, files, monkeypatch, capsys):
     for changes in (["--recipe", "flow,recompute=on", "--lr", "1e-3"], ["--compare", "--seeds", "1", "--lr", "1e-3"]):
         with pytest.raises(SystemExit):                                 # nor may others lie beside it
             here("--out", "x", *changes)
-        assert "lr (0.002 there, 0.001 now)" in capsys.readouterr().err.splitlines()[-1]
+        assert "lr (0.004 there, 0.001 now)" in capsys.readouterr().err.splitlines()[-1]
     (files / "here/x/seed-0/wandb").mkdir(parents=True)
     for foreign in ("mine.txt", "seed-0/wandb/run.json"):
         (files / "here/x" / foreign).write_text("{}")
@@ -1287,10 +1287,10 @@ def test_a_loss_that_is_not_finite_ends_its_run_alone(here, files, capsys, monke
 
 
 def test_arms_that_test_the_comparison(monkeypatch):
-    preset = train_py.PRESETS["tiny"]
+    preset = train_py.replace(train_py.PRESETS["tiny"], n_layers=2)
     def fresh(spec):
         torch.manual_seed(0)
-        gpt = model.GPT(preset, train_py.recipe_of(spec))
+        gpt = model.GPT(preset, fp8flow.parse_spec(train_py.ARMS.get(spec, spec)))
         train_py.interfere(gpt, spec)
         return gpt
     plain, nudged = (dict(fresh(spec).named_parameters()) for spec in ("bf16", "bf16-nudged"))
@@ -1384,6 +1384,18 @@ def test_split_and_tables():
     b = torch.tensor(list(b"ab"), dtype=torch.uint8)
     assert abs(train_py.table_loss(a, b, 1) + math.log(5.1 / (6 + 25.6))) < 1e-5         # after a: 5 b and 1 c
     assert abs(train_py.table_loss(a, torch.tensor(list(b"aba")).byte(), 2) + math.log(5.1 / (5 + 25.6))) < 1e-5
+
+
+def test_a_run_sees_all_of_the_text_alike():
+    """Windows are a golden section apart: no gap in any stretch of them is much wider than in a regular grid, and the
+    22,400 of the largest run never overlap. Every seed begins elsewhere."""
+    places = 44_000_000
+    starts = train_py.starts_of(torch.arange(22_400), places, seed=0)
+    for n in (32, 2240):
+        stretch = starts[7000:7000 + n].sort().values
+        assert torch.cat([stretch.diff(), places + stretch[:1] - stretch[-1:]]).max() < 2 * places / n
+    assert starts.min() >= 0 and starts.max() < places and starts.sort().values.diff().min() > 1024
+    assert len({train_py.starts_of(torch.zeros(1), places, seed).item() for seed in range(100)}) == 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------

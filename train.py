@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -62,8 +63,8 @@ class Preset(GPTConfig):
 
 
 PRESETS = {
-    "tiny": Preset(n_layers=2, d_model=128, n_heads=4, d_expert=128, n_experts=4, top_k=2, seq_len=128, batch=8,
-                   accumulate=1, steps=300, lr=2e-3, val_every=100, val_batches=64),
+    "tiny": Preset(n_layers=1, d_model=128, n_heads=4, d_expert=128, n_experts=4, top_k=2, seq_len=128, batch=8,
+                   accumulate=1, steps=300, lr=4e-3, val_every=150, val_batches=64),
     "small": Preset(n_layers=4, d_model=1024, n_heads=8, d_expert=1024, n_experts=8, top_k=2, seq_len=512, batch=32,
                     accumulate=1, steps=1200, lr=8e-4, val_every=400, val_batches=64),
     "h100": Preset(n_layers=3, d_model=2048, n_heads=16, d_expert=2048, n_experts=16, top_k=4, seq_len=1024, batch=16,
@@ -77,10 +78,6 @@ HELD_OUT = 20                               # one byte in so many is for validat
 ARMS = {"bf16-nudged": "bf16", "flow-harmed": "flow"}      # recipes that test a comparison: see `interfere`
 LADDER = ("bf16", "naive", "naive,scales=pow2", "naive,transpose=direct,scales=pow2", "flow,permute=unfused", "flow",
           "flow,transpose=requant")         # and back; the paper's rows are this and the rung before flow
-
-
-def recipe_of(spec: str) -> Recipe:
-    return parse_spec(ARMS.get(spec, spec))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,9 +111,10 @@ def split_corpus(texts: list[bytes], seq_len: int) -> tuple[Tensor, Tensor, str]
     """(train, validation) as uint8 vectors, and how they were split. With 20 files or more, whole files are held out,
     by the hash of what they hold: a text under two names stays on one side. With fewer, the last tenth of each."""
     if len(set(texts)) >= HELD_OUT:
-        kept, held = sorted(set(texts), key=lambda text: (zlib.crc32(text), text)), []
-        while sum(map(len, held)) * HELD_OUT < sum(map(len, kept + held)):
-            held.append(kept.pop())
+        order, held = sorted(set(texts), key=lambda text: (zlib.crc32(text), text)), []
+        while sum(map(len, held)) * HELD_OUT < sum(map(len, order + held)):
+            held.append(order.pop())
+        kept = [text for text in dict.fromkeys(texts) if text not in held]                     # in the order they came
         how = f"{len(held)} of {len(held) + len(kept)} different files held out"
     else:
         cuts = [len(text) * 9 // 10 for text in texts]
@@ -136,6 +134,12 @@ def table_loss(train: Tensor, val: Tensor, order: int) -> float:
     counts = torch.bincount(context(train) * 256 + train[order:], minlength=256 ** (order + 1)).view(-1, 256) + 0.1
     seen = context(val)
     return (counts.sum(1)[seen].log() - counts[seen, val[order:].long()].log()).mean().item()
+
+
+def starts_of(windows: Tensor, places: int, seed: int) -> Tensor:
+    """Where the windows of these numbers begin in so many places: a golden section of the text apart, so that any
+    stretch of a run sees all of the text alike. `seed` says where number 0 begins."""
+    return ((random.Random(seed).random() + windows.double() * (5 ** 0.5 - 1) / 2) % 1 * places).long()
 
 
 def batch_of(text: Tensor, starts: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
@@ -214,7 +218,7 @@ def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"--out: {str(run.folder)!r} holds files of something else: name another")
     if found and found["row"] is None and not resume and not overwrite:
         raise ValueError(f"--out: {str(run.folder)!r} holds an unfinished run: go on with --resume, or --overwrite it")
-    if resume and run.checkpoint.exists() and not zipfile.is_zipfile(run.checkpoint):      # what torch.save writes
+    if resume and run.checkpoint.exists() and not zipfile.is_zipfile(run.checkpoint):
         raise ValueError(f"{str(run.checkpoint)!r} is damaged: delete it to start over")
 
 
@@ -280,8 +284,7 @@ def four_tensors(experts, x: Tensor, probs: Tensor, plan: Plan, dy: Tensor) -> d
     h = torch_grouped_mm(x, w1.mT, plan.ends)
     a = kernels.swiglu(h, prob, plan.tile_expert)
     dh, _ = kernels.swiglu_backward(torch_grouped_mm(dy, w2, plan.ends), h, prob, plan.tile_expert)
-    tensors = dict(X=x, A=a, dY=dy, dH=dh)
-    return {name: torch.where(plan.pair[:, None] >= 0, t, 0) for name, t in tensors.items()}
+    return {n: torch.where(plan.pair[:, None] >= 0, t, 0) for n, t in dict(X=x, A=a, dY=dy, dH=dh).items()}
 
 
 def look_at(t: Tensor, plan: Plan) -> dict[str, float]:
@@ -306,7 +309,7 @@ def probe(trainer) -> list[dict]:
     def look(experts, inputs, y):
         y.register_hook(lambda dy: seen.append((experts, *inputs, dy)))
     hooks = [moe.experts.register_forward_hook(look) for moe in trainer.model.moes]
-    trainer.micro_batch(torch.Generator().manual_seed(trainer.step))
+    trainer.micro_batch()
     trainer.optimizer.zero_grad()
     for hook in hooks:
         hook.remove()
@@ -353,22 +356,22 @@ def interfere(model: GPT, spec: str) -> None:
 
 
 class Trainer:
-    """A run in progress, what its checkpoint holds: model, optimizer, generators and the number of steps done."""
+    """A run in progress, what its checkpoint holds: model, optimizer, generator and the number of steps done."""
 
     def __init__(self, run: Run, preset: Preset, text: Tensor, args):
         self.run, self.preset, self.text, self.device, self.step = run, preset, text, args.device, 0
-        self.rng = torch.Generator().manual_seed(run.seed)
         torch.manual_seed(run.seed)
-        self.model = GPT(preset, recipe_of(run.spec)).to(args.device)
+        self.model = GPT(preset, parse_spec(ARMS.get(run.spec, run.spec))).to(args.device)
         interfere(self.model, run.spec)
         for block in self.model.blocks if args.compile else ():
             block.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
-    def micro_batch(self, rng: torch.Generator) -> Tensor:
-        """Adds its gradients; returns [loss, load-balancing loss], detached: what is logged must not hold the graph."""
-        starts = torch.randint(len(self.text) - self.preset.seq_len, (self.preset.batch,), generator=rng)
-        starts = starts.to(self.device, non_blocking=True)
+    def micro_batch(self, i: int = 0) -> Tensor:
+        """Adds the gradients of the step's micro-batch i; returns [loss, load-balancing loss], free of the graph."""
+        first = (self.step * self.preset.accumulate + i) * self.preset.batch
+        windows = torch.arange(first, first + self.preset.batch, device=self.device)
+        starts = starts_of(windows, len(self.text) - self.preset.seq_len, self.run.seed)
         loss, balance = self.model(*batch_of(self.text, starts, self.preset.seq_len))
         ((loss + BALANCE * balance) / self.preset.accumulate).backward()
         return torch.stack([loss, balance]).detach()
@@ -378,7 +381,7 @@ class Trainer:
         end, -1: none), each expert's share of the tokens], still on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.preset)
-        losses = torch.stack([self.micro_batch(self.rng) for _ in range(self.preset.accumulate)]).mean(0)
+        losses = torch.stack([self.micro_batch(i) for i in range(self.preset.accumulate)]).mean(0)
         norms = torch.stack([p.grad.norm() for p in self.model.parameters()])
         norm, bad = norms.norm(), norms.isfinite().logical_not().flip(0).int()
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), CLIP, norm)
@@ -391,7 +394,7 @@ class Trainer:
     def save(self) -> None:
         write_safely(self.run.checkpoint, lambda path: torch.save({
             "step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "rng": (self.rng.get_state(), torch.get_rng_state()),
+            "rng": torch.get_rng_state(),
             "lengths": {log.name: log.stat().st_size for log in self.run.folder.glob("*.csv")}}, path))
 
     def load(self) -> None:
@@ -402,8 +405,7 @@ class Trainer:
             self.step = saved["step"]
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.rng.set_state(saved["rng"][0].cpu())
-            torch.set_rng_state(saved["rng"][1].cpu())
+            torch.set_rng_state(saved["rng"].cpu())
             print(f"  goes on after step {self.step} of {self.preset.steps}")
         for path in (self.run.folder / "log.csv", self.run.folder / "probe.csv"):
             if path.exists():
@@ -426,7 +428,7 @@ def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, 
     print(f"\n{run}")
     trainer = Trainer(run, preset, train_text, args)
     with count_casts() as casts:                                    # measured on a micro-batch that trains nothing
-        trainer.micro_batch(torch.Generator().manual_seed(0))
+        trainer.micro_batch()
     trainer.optimizer.zero_grad()
     (total, active), names = trainer.model.parameter_counts(), [f"{launch.cast}({launch.tensor})" for launch in casts]
     print(f"  {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M for a token; {preset.tokens_per_step} tokens a step; "
@@ -573,7 +575,6 @@ def write_table(args) -> list[dict]:
 def draw_losses(runs: list[Run], out: Path) -> None:
     """The curves, and below them the smoothed difference to bf16 on the same seed: the curves themselves coincide."""
     import matplotlib.pyplot as plt
-
     logs = {(run.spec, run.seed): (run.folder / "log.csv").read_text().splitlines() for run in runs}
     losses = {key: [float(row["loss"]) for row in csv.DictReader(lines)] for key, lines in logs.items()}
     window = max(1, min(map(len, losses.values()), default=1) // 20)                       # a twentieth of the run
@@ -732,12 +733,11 @@ def claim(out: Path | None):
 
 def sample(args) -> None:
     path = Path(args.sample) / "model.pt"
-    if not args.sample or not os.path.isfile(path):
-        raise ValueError(f"--sample {args.sample!r} holds no model.pt: name a run's folder, as in out/1/flow")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"--sample {args.sample!r}: model.pt is damaged, train again")
+    if not args.sample or not zipfile.is_zipfile(path):                     # what torch.save writes
+        what = "is damaged, train again" if path.exists() else "does not exist, name a run's folder, as in out/1/flow"
+        raise ValueError(f"--sample {args.sample!r}: model.pt {what}")
     saved = torch.load(path, map_location=args.device, weights_only=True)
-    model = GPT(Preset(**saved["preset"]), recipe_of(saved["spec"])).to(args.device)
+    model = GPT(Preset(**saved["preset"]), parse_spec(ARMS.get(saved["spec"], saved["spec"]))).to(args.device)
     model.load_state_dict(saved["model"])
     print(model.generate(os.fsencode(args.prompt or "def "), 400, seeds_of(args)[0]).decode("utf-8", "replace"))
 

@@ -1137,7 +1137,7 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, dtype: torch.dtype = tor
 
 def sqnr(x: Tensor, ref: Tensor) -> float:
     """Signal to quantization-noise ratio in dB: 10 log10(|ref|^2 / |x - ref|^2). 31.5 dB is 2.7% of error."""
-    return 10 * math.log10(ref.double().square().sum() / (x.double() - ref).square().sum().clamp(min=1e-300))
+    return 10 * (ref.double().square().sum() / (x.double() - ref).square().sum().clamp(min=1e-300)).log10().item()
 
 
 # tokens, d_model, expert width, experts, top-k

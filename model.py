@@ -64,9 +64,10 @@ class RMSNorm(nn.RMSNorm):
 def rotation(S: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos [S, 1, 1, d], for both elements of a pair, and sin [S, 1, 1, d/2] of the angles by which position s turns the
     pairs i of a head of width d: s * 10000^(-2i/d)."""
-    angles = torch.arange(S, device=device)[:, None] * 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
-    angles = angles[:, None, None]
-    return torch.cat([angles, angles], dim=-1).cos().to(dtype), angles.sin().to(dtype)
+    with torch.inference_mode(False):                                   # made in evaluation, they serve training too
+        frequencies = 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+        angles = torch.arange(S, device=device)[:, None, None, None] * frequencies
+        return torch.cat([angles, angles], dim=-1).cos().to(dtype), angles.sin().to(dtype)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:

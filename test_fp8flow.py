@@ -1350,6 +1350,7 @@ def test_probe_by_hand():
     x[128:] = 0
     found = train_py.look_at(x, plan)
     assert found["amax"] == 1 and found["binades"] == 12 and found["underflow"] == 0.25
+    assert train_py.look_at(torch.zeros_like(x), plan)["sqnr_direct"] == -math.inf          # no reason to stop a run
 
 
 def test_the_ladder_and_seeds(here, files, capsys):
@@ -1410,6 +1411,9 @@ def test_rotary_sees_distances():
     assert torch.equal(turned[0][0], q[0, 0, 0, 0])                         # position 0 is not turned
     x, angles = torch.randn(2, 5, 1, 1, 16).double().requires_grad_(), model.rotation(5, 16, q.device, torch.float64)
     assert torch.autograd.gradcheck(lambda x: model.Rotary.apply(x, *angles), x)
+    with torch.inference_mode():
+        angles = model.rotation(6, 16, q.device, q.dtype)                   # what is kept from an evaluation trains, too
+    model.Rotary.apply(torch.randn(1, 6, 1, 1, 16).requires_grad_(), *angles).sum().backward()
 
 
 def test_a_router_with_one_choice_learns(monkeypatch):

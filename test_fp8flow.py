@@ -1217,6 +1217,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(spec, here, files, monkeypatch, 
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_signal_at_any_time_leaves_a_checkpoint(here, files, monkeypatch):
+    """Also one that comes after step 10, when it was decided already that a log is due and no checkpoint."""
+    with monkeypatch.context() as patch:
+        lap, calls = train_py.Log.lap, iter(range(10 ** 6))
+        patch.setattr(train_py.Log, "lap",
+                      lambda log: (os.kill(os.getpid(), signal.SIGTERM) if next(calls) == 3 else None, lap(log))[1])
+        assert here("--out", "x") == 130
+    steps = len(read_log(files / "here/x/flow/log.csv"))
+    assert torch.load(files / "here/x/flow/checkpoint.pt")["step"] == steps == 11
+
+
 def test_a_killed_run_goes_on_from_its_last_validation(here, files, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         def die():
@@ -1290,7 +1301,7 @@ def test_arms_that_test_the_comparison(monkeypatch):
     preset = train_py.replace(train_py.PRESETS["tiny"], n_layers=2)
     def fresh(spec):
         torch.manual_seed(0)
-        gpt = model.GPT(preset, fp8flow.parse_spec(train_py.ARMS.get(spec, spec)))
+        gpt = model.GPT(preset, train_py.recipe_of(spec))
         train_py.interfere(gpt, spec)
         return gpt
     plain, nudged = (dict(fresh(spec).named_parameters()) for spec in ("bf16", "bf16-nudged"))
@@ -1381,6 +1392,8 @@ def test_split_and_tables():
     texts = [bytes([65 + i % 26]) * (10 + i) for i in range(60)]
     kept, held, how = train_py.split_corpus(texts + texts[:30], 8)       # thirty texts under two names
     assert len(kept) + len(held) == sum(map(len, set(texts))) and len(held) >= len(kept) / 20 and "held out" in how
+    kept, held, how = train_py.split_corpus([b"x" * 90_000, *(b"%5d" % i * 9 for i in range(60))], 64)
+    assert len(kept) > 80_000 and "last tenth" in how           # one file is most of it: it is not held out whole
     a = torch.tensor(list(b"abababababac"), dtype=torch.uint8)
     b = torch.tensor(list(b"ab"), dtype=torch.uint8)
     assert abs(train_py.table_loss(a, b, 1) + math.log(5.1 / (6 + 25.6))) < 1e-5         # after a: 5 b and 1 c

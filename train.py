@@ -108,9 +108,9 @@ def read_corpus(path: str | None) -> tuple[list[bytes], str]:
 
 
 def split_corpus(texts: list[bytes], seq_len: int) -> tuple[Tensor, Tensor, str]:
-    """(train, validation) as uint8 vectors, and how they were split. With 20 files or more, whole files are held out,
-    by the hash of what they hold: a text under two names stays on one side. With fewer, the last tenth of each."""
-    if len(set(texts)) >= HELD_OUT:
+    """(train, validation) as uint8 vectors, and how they were split. Whole files are held out, by the hash of what they
+    hold: a text under two names stays on one side. Where one file is more than a twentieth, the last tenth of each."""
+    if max(map(len, texts)) * HELD_OUT <= sum(map(len, set(texts))):
         order, held = sorted(set(texts), key=lambda text: (zlib.crc32(text), text)), []
         while sum(map(len, held)) * HELD_OUT < sum(map(len, order + held)):
             held.append(order.pop())
@@ -236,11 +236,10 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 class Log:
-    """log.csv and the time that training takes. Numbers stay on the device until `write`: reading one makes the host
-    wait. `pending`: (step, numbers); `times`: (steps, seconds) between writes."""
+    """log.csv, and the time of training. `pending`: (step, numbers on the device: to read them makes the host wait)."""
 
     def __init__(self, path: Path, preset: Preset, device: str):
-        self.path, self.preset, self.device, self.pending, self.times = path, preset, device, [], []
+        self.path, self.preset, self.device, self.pending = path, preset, device, []
 
     def lap(self) -> float:
         """Seconds since the last call, with the work that was queued."""
@@ -250,9 +249,9 @@ class Log:
         return self.time - before
 
     def tokens_per_s(self) -> float:
-        """Without the first steps, which compile."""
-        steps, seconds = map(sum, zip(*(self.times[1:] or self.times)))
-        return steps * self.preset.tokens_per_step / seconds
+        """The median over all steps: the first ones compile."""
+        rows = csv.DictReader(self.path.read_text().splitlines())
+        return statistics.median(float(row["tokens_per_s"]) for row in rows)
 
     def write(self, model: GPT, seconds: float, val_loss: float) -> float:
         """The pending steps, which took `seconds`, the last with `val_loss`; its loss. Raises FloatingPointError."""
@@ -266,7 +265,6 @@ class Log:
                              balance=f"{balance:.4f}", **{f"load_{e}": f"{x:.4f}" for e, x in enumerate(load)}))
         rows[-1]["val_loss"] = f"{val_loss:.6f}"
         append(self.path, rows)
-        self.times.append((len(self.pending), seconds))
         self.pending.clear()
         for row in rows:
             if row["not_finite"]:
@@ -305,7 +303,6 @@ def look_at(t: Tensor, plan: Plan) -> dict[str, float]:
 def probe(trainer) -> list[dict]:
     """One extra micro-batch, whose gradients are dropped; a row for each layer and tensor."""
     seen = []
-
     def look(experts, inputs, y):
         y.register_hook(lambda dy: seen.append((experts, *inputs, dy)))
     hooks = [moe.experts.register_forward_hook(look) for moe in trainer.model.moes]
@@ -344,15 +341,18 @@ def learning_rate(step: int, preset: Preset) -> float:
     return preset.lr * min((step + 1) / warmup, max(0.01, down))
 
 
+def recipe_of(spec: str) -> Recipe:
+    return parse_spec(ARMS.get(spec, spec))
+
+
 def interfere(model: GPT, spec: str) -> None:
     """The arms that test a comparison itself. bf16-nudged: one weight of the first router, fp32 in every recipe, moves
     by one unit in the last place. flow-harmed: every other expert of every layer gets no gradient."""
     if spec == "bf16-nudged":
         weight = model.moes[0].router.weight.detach()[0, :1]
         weight.copy_(weight.nextafter(torch.full_like(weight, math.inf)))
-    if spec == "flow-harmed":
-        for w in (w for moe in model.moes for w in moe.experts.parameters()):
-            w.register_hook(lambda grad: grad * (torch.arange(len(grad), device=grad.device) % 2)[:, None, None])
+    for w in (w for moe in model.moes for w in moe.experts.parameters() if spec == "flow-harmed"):
+        w.register_hook(lambda grad: grad * (torch.arange(len(grad), device=grad.device) % 2)[:, None, None])
 
 
 class Trainer:
@@ -361,7 +361,7 @@ class Trainer:
     def __init__(self, run: Run, preset: Preset, text: Tensor, args):
         self.run, self.preset, self.text, self.device, self.step = run, preset, text, args.device, 0
         torch.manual_seed(run.seed)
-        self.model = GPT(preset, parse_spec(ARMS.get(run.spec, run.spec))).to(args.device)
+        self.model = GPT(preset, recipe_of(run.spec)).to(args.device)
         interfere(self.model, run.spec)
         for block in self.model.blocks if args.compile else ():
             block.compile()
@@ -444,7 +444,7 @@ def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, 
         while trainer.step < preset.steps:
             log.pending.append((trainer.step, trainer.train_step()))
             bar.update()
-            due = what_is_due(trainer.step, preset, args, bool(stop))
+            due = what_is_due(trainer.step, preset, args, stopping := bool(stop))
             if due:
                 seconds, new = log.lap(), math.nan                  # what is due is no training time
                 if "validation" in due:
@@ -455,7 +455,7 @@ def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, 
                 if "checkpoint" in due:
                     trainer.save()
                 log.lap()
-            if stop and trainer.step < preset.steps:
+            if stopping and trainer.step < preset.steps:
                 raise KeyboardInterrupt(f"stopped by {stop[0]} after step {trainer.step} of {preset.steps} of {run}")
     if not math.isfinite(val_loss):
         raise FloatingPointError("the validation loss after the last step is not finite; lower --lr")
@@ -480,9 +480,10 @@ def what_is_due(step: int, preset: Preset, args, stopping: bool) -> set[str]:
 def finish(trainer: Trainer, row: dict, args) -> None:
     """The weights first: nothing that fails after training may cost them. Then the rest, and the run has finished."""
     if args.checkpoint == "last":
-        weights = {"spec": trainer.run.spec, "preset": asdict(trainer.preset), "model": trainer.model.state_dict()}
+        weights = {"preset": asdict(trainer.preset), "config": trainer.run.config, "model": trainer.model.state_dict()}
         write_safely(trainer.run.folder / "model.pt", lambda path: torch.save(weights, path))
-        (trainer.run.folder / "sample.txt").write_bytes(trainer.model.generate(b"def ", 200, trainer.run.seed))
+        with torch.compiler.set_stance("force_eager"):              # or each length of the window would compile anew
+            (trainer.run.folder / "sample.txt").write_bytes(trainer.model.generate(b"def ", 200, trainer.run.seed))
     trainer.run.write(row)
     trainer.run.checkpoint.unlink(missing_ok=True)
 
@@ -554,9 +555,8 @@ def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tenso
     lines = table(rows := write_table(args))
     for spec, *cells in [lines[0].keys(), *map(dict.values, lines)] if lines else []:
         print(f"{spec:>36}" + "".join(f"{cell:>14}" for cell in cells))
-    print("", *summary(rows), sep="\n")
-    if args.ablate:
-        print("  The order of the rungs decides which of them gets the credit for what two do together.")
+    note = ["  The order of the rungs decides which of them gets the credit for what two do together."]
+    print("", *summary(rows), *note * args.ablate, sep="\n")
     draw_losses([run for run in runs if (run.folder / "log.csv").exists()], args.out)
     print(f"written to {args.out}")
     return failures
@@ -657,7 +657,7 @@ def specs_of(args) -> list[str]:
             raise ValueError(f"--{next(iter(flipped))} is for one run: write it into the specs of --compare")
         given = list(LADDER) if args.ablate else args.compare or list(RECIPES)
     else:
-        spec = args.recipe or "flow"
+        spec = "flow" if args.recipe is None else args.recipe
         if flipped and "," in spec:
             raise ValueError(f"--recipe {spec} has switches already: write --{next(iter(flipped))} into it")
         given = [",".join([spec, *(f"{name}={value}" for name, value in flipped.items())])]
@@ -687,9 +687,8 @@ def preset_of(args) -> tuple[str, Preset]:
     """The preset for this machine, with what the command line changes. Raises ValueError."""
     memory = torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fits = "h100" if memory > 40e9 else "small"
-    if args.device == "cpu" or not kernels.use_kernels(torch.empty(0, device=args.device)):
-        fits = "tiny"                                       # the twins
+    twins = args.device == "cpu" or not kernels.use_kernels(torch.empty(0, device=args.device))
+    fits = "tiny" if twins else "h100" if memory > 40e9 else "small"
     name = args.preset or fits
     changed = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name, None) is not None}
     preset = replace(PRESETS[name], **changed)
@@ -734,10 +733,11 @@ def claim(out: Path | None):
 def sample(args) -> None:
     path = Path(args.sample) / "model.pt"
     if not args.sample or not zipfile.is_zipfile(path):                     # what torch.save writes
-        what = "is damaged, train again" if path.exists() else "does not exist, name a run's folder, as in out/1/flow"
-        raise ValueError(f"--sample {args.sample!r}: model.pt {what}")
+        raise ValueError(f"--sample {args.sample!r}: model.pt is missing or damaged, name a folder as in out/1/flow")
     saved = torch.load(path, map_location=args.device, weights_only=True)
-    model = GPT(Preset(**saved["preset"]), parse_spec(ARMS.get(saved["spec"], saved["spec"]))).to(args.device)
+    if saved["config"]["source"] != source_hash():
+        print(f"warning: the source was edited since {args.sample} was trained", file=sys.stderr)
+    model = GPT(Preset(**saved["preset"]), recipe_of(saved["config"]["spec"])).to(args.device)
     model.load_state_dict(saved["model"])
     print(model.generate(os.fsencode(args.prompt or "def "), 400, seeds_of(args)[0]).decode("utf-8", "replace"))
 

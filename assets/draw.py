@@ -73,7 +73,7 @@ def layer() -> None:
 def table_of_kernels() -> None:
     shape, rows = "", [["shape", "kernel", "us", "rate", "unit", "of_ceiling", "speedup", "over"]]
     for line in sys.stdin:
-        found = re.match(r"  (.{32}) +([\d.]+) us +(\d+) (\S+) +([\d.]+) of the ceiling(?: +([\d.]+)x (\w+))?", line)
+        found = re.match(r"  (.{32}.*?) +([\d.]+) us +(\d+) (\S+) +([\d.]+) of the ceiling(?: +([\d.]+)x (\w+))?", line)
         shape = line.strip() if line.startswith("T ") else shape
         rows += [[shape, *(cell.strip() for cell in found.groups(""))]] if found else []
     with open(HERE / "kernels.csv", "w", newline="") as file:

@@ -27,6 +27,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -1180,7 +1181,8 @@ def test_training(tmp_path):
         assert left == ["log.csv", "model.pt", "run.json", "sample.txt"]
 
 
-SMALL = "--preset tiny --n-layers 2 --device cpu --batch 1 --seq-len 32 --val-batches 1 --steps 24 --val-every 8".split()
+SMALL = ["--device", "cpu", *"--preset tiny --n-layers 2 --batch 1 --seq-len 32 --val-batches 1".split(),
+         *"--steps 24 --val-every 8".split()]
 
 
 @pytest.fixture
@@ -1226,6 +1228,22 @@ def test_a_signal_at_any_time_leaves_a_checkpoint(here, files, monkeypatch):
         assert here("--out", "x") == 130
     steps = len(read_log(files / "here/x/flow/log.csv"))
     assert torch.load(files / "here/x/flow/checkpoint.pt")["step"] == steps == 11
+
+
+def test_ctrl_c_behind_a_pipe_leaves_a_checkpoint(tmp_path):
+    """`train.py 2>&1 | tee log`: Ctrl-C ends tee as well, and nothing can be written to it any more."""
+    (tmp_path / "text").write_text("what is read and what is written " * 300)
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--steps", "100000", "--val-every", "100000"]
+    run = subprocess.Popen([*command, "--data", str(tmp_path / "text"), "--out", str(tmp_path / "x")],
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    log = tmp_path / "x/flow/log.csv"
+    while not log.exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.stdout.close()
+    run.send_signal(signal.SIGINT)
+    run.wait(60)
+    assert torch.load(tmp_path / "x/flow/checkpoint.pt")["step"] == len(read_log(log)) > 0
 
 
 def test_a_killed_run_goes_on_from_its_last_validation(here, files, monkeypatch):
@@ -1301,7 +1319,7 @@ def test_arms_that_test_the_comparison(monkeypatch):
     preset = train_py.replace(train_py.PRESETS["tiny"], n_layers=2)
     def fresh(spec):
         torch.manual_seed(0)
-        gpt = model.GPT(preset, train_py.recipe_of(spec))
+        gpt = model.GPT(preset, fp8flow.parse_spec(train_py.ARMS.get(spec, spec)))
         train_py.interfere(gpt, spec)
         return gpt
     plain, nudged = (dict(fresh(spec).named_parameters()) for spec in ("bf16", "bf16-nudged"))
@@ -1425,7 +1443,7 @@ def test_rotary_sees_distances():
     x, angles = torch.randn(2, 5, 1, 1, 16).double().requires_grad_(), model.rotation(5, 16, q.device, torch.float64)
     assert torch.autograd.gradcheck(lambda x: model.Rotary.apply(x, *angles), x)
     with torch.inference_mode():
-        angles = model.rotation(6, 16, q.device, q.dtype)                   # what is kept from an evaluation trains, too
+        angles = model.rotation(6, 16, q.device, q.dtype)                   # what an evaluation left trains, too
     model.Rotary.apply(torch.randn(1, 6, 1, 1, 16).requires_grad_(), *angles).sum().backward()
 
 

@@ -111,9 +111,10 @@ def split_corpus(texts: list[bytes], seq_len: int) -> tuple[Tensor, Tensor, str]
     """(train, validation) as uint8 vectors, and how they were split. Whole files are held out, by the hash of what they
     hold: a text under two names stays on one side. Where one file is more than a twentieth, the last tenth of each."""
     if max(map(len, texts)) * HELD_OUT <= sum(map(len, set(texts))):
-        order, held = sorted(set(texts), key=lambda text: (zlib.crc32(text), text)), []
-        while sum(map(len, held)) * HELD_OUT < sum(map(len, order + held)):
-            held.append(order.pop())
+        order, held = sorted(set(texts), key=lambda text: (zlib.crc32(text), text)), {}
+        total = sum(map(len, order))
+        while sum(map(len, held)) * HELD_OUT < total:
+            held[order.pop()] = True
         kept = [text for text in dict.fromkeys(texts) if text not in held]                     # in the order they came
         how = f"{len(held)} of {len(held) + len(kept)} different files held out"
     else:
@@ -327,6 +328,7 @@ def stop_signals():
         asked.append(signal.Signals(number).name)
     asked, signals = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {s: signal.signal(s, hear) for s in signals if signal.getsignal(s) != signal.SIG_IGN}     # as nohup does
+    before[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)                  # see the bar in `train`
     try:
         yield asked
     finally:
@@ -339,10 +341,6 @@ def learning_rate(step: int, preset: Preset) -> float:
     warmup, level = max(1, round(WARMUP * preset.steps)), (1 - LEVEL) * preset.steps
     down = 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, step - warmup) / max(1.0, level - warmup)))
     return preset.lr * min((step + 1) / warmup, max(0.01, down))
-
-
-def recipe_of(spec: str) -> Recipe:
-    return parse_spec(ARMS.get(spec, spec))
 
 
 def interfere(model: GPT, spec: str) -> None:
@@ -361,7 +359,7 @@ class Trainer:
     def __init__(self, run: Run, preset: Preset, text: Tensor, args):
         self.run, self.preset, self.text, self.device, self.step = run, preset, text, args.device, 0
         torch.manual_seed(run.seed)
-        self.model = GPT(preset, recipe_of(run.spec)).to(args.device)
+        self.model = GPT(preset, parse_spec(ARMS.get(run.spec, run.spec))).to(args.device)
         interfere(self.model, run.spec)
         for block in self.model.blocks if args.compile else ():
             block.compile()
@@ -409,7 +407,7 @@ class Trainer:
             print(f"  goes on after step {self.step} of {self.preset.steps}")
         for path in (self.run.folder / "log.csv", self.run.folder / "probe.csv"):
             if path.exists():
-                os.truncate(path, saved["lengths"].get(path.name, 0))
+                os.truncate(path, min(path.stat().st_size, saved["lengths"].get(path.name, 0)))
 
     def memory(self) -> dict[str, float]:
         """What the peak of the GPU's memory consists of, in GB, all gradients counted; empty on a CPU."""
@@ -443,18 +441,20 @@ def train(run: Run, preset: Preset, train_text: Tensor, val_text: Tensor, args, 
         log.lap()
         while trainer.step < preset.steps:
             log.pending.append((trainer.step, trainer.train_step()))
-            bar.update()
             due = what_is_due(trainer.step, preset, args, stopping := bool(stop))
             if due:
                 seconds, new = log.lap(), math.nan                  # what is due is no training time
                 if "validation" in due:
                     new = val_loss = validate(trainer.model, val_text, preset)
-                bar.set_postfix(loss=f"{log.write(trainer.model, seconds, new):.3f}", val=f"{val_loss:.3f}")
+                loss = log.write(trainer.model, seconds, new)
                 if "probe" in due:
                     append(run.folder / "probe.csv", probe(trainer))
                 if "checkpoint" in due:
                     trainer.save()
+                bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
                 log.lap()
+            with contextlib.suppress(BrokenPipeError):              # Ctrl-C ends the `tee` that reads this, too
+                bar.update()
             if stopping and trainer.step < preset.steps:
                 raise KeyboardInterrupt(f"stopped by {stop[0]} after step {trainer.step} of {preset.steps} of {run}")
     if not math.isfinite(val_loss):
@@ -510,8 +510,7 @@ def table(rows: list[dict]) -> list[dict]:
 def interval(values: list[float]) -> tuple[float, float]:
     """(mean, half of its 95% interval) by Student's t; the half is nan for one value."""
     deviation = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
-    degrees = min(max(len(values) - 1, 1), len(T_975))
-    return statistics.mean(values), T_975[degrees - 1] * deviation / len(values) ** 0.5
+    return statistics.mean(values), T_975[min(max(len(values), 2), 21) - 2] * deviation / len(values) ** 0.5
 
 
 def summary(rows: list[dict]) -> list[str]:
@@ -564,8 +563,7 @@ def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tenso
 
 def write_table(args) -> list[dict]:
     """compare.csv: what has finished in this folder, by this command or before; its rows."""
-    found = [run["row"] for run in runs_in(args.out).values() if run["row"]]
-    rows = list({(row["seed"], row["recipe"]): row for row in found}.values())
+    rows = list({(r["seed"], r["recipe"]): r for run in runs_in(args.out).values() if (r := run["row"])}.values())
     rows.sort(key=lambda row: (row["seed"], [*args.specs, row["recipe"]].index(row["recipe"]), row["recipe"]))
     if rows:
         write_safely(args.out / "compare.csv", lambda path: append(path, table(rows)))
@@ -574,12 +572,14 @@ def write_table(args) -> list[dict]:
 
 def draw_losses(runs: list[Run], out: Path) -> None:
     """The curves, and below them the smoothed difference to bf16 on the same seed: the curves themselves coincide."""
-    import matplotlib.pyplot as plt
+    os.environ["MPLBACKEND"] = "Agg"                            # no window, whatever a notebook has left there
+    from matplotlib.figure import Figure
     logs = {(run.spec, run.seed): (run.folder / "log.csv").read_text().splitlines() for run in runs}
     losses = {key: [float(row["loss"]) for row in csv.DictReader(lines)] for key, lines in logs.items()}
     window = max(1, min(map(len, losses.values()), default=1) // 20)                       # a twentieth of the run
     smooth = {key: torch.tensor(curve).unfold(0, window, 1).mean(1) for key, curve in losses.items()}
-    figure, (above, below) = plt.subplots(2, figsize=(7, 6), sharex=True, layout="constrained", height_ratios=(2, 1))
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     for color, spec in enumerate(dict.fromkeys(spec for spec, _ in losses)):
         curves = {seed: curve for (name, seed), curve in losses.items() if name == spec}
         above.plot([statistics.mean(step) for step in zip(*curves.values())], f"C{color}", label=spec, linewidth=1)
@@ -595,7 +595,6 @@ def draw_losses(runs: list[Run], out: Path) -> None:
     below.set(xlabel="step", ylabel="difference to bf16, %")
     below.axhline(0, color="gray", linewidth=0.5)
     write_safely(out / "loss.png", lambda path: figure.savefig(path, dpi=150, format="png"))
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -709,8 +708,8 @@ def out_of(args) -> Path | None:
         raise ValueError(f"--{'resume' if args.resume else 'overwrite'} needs --out: name the folder")
     if args.out == "" or args.resume and not os.path.isdir(args.out):
         raise ValueError(f"--out {args.out!r} is no folder: name one")
-    out = Path("out" if args.out is None else args.out)
-    if args.data and os.path.isdir(args.data) and out.resolve().is_relative_to(Path(args.data).resolve()):
+    out = Path(args.out or "out")
+    if args.data and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(args.data)):
         raise ValueError(f"--out {str(out)!r} lies inside --data: what a run writes would be data, name another folder")
     return None if args.out is None else out
 
@@ -737,7 +736,8 @@ def sample(args) -> None:
     saved = torch.load(path, map_location=args.device, weights_only=True)
     if saved["config"]["source"] != source_hash():
         print(f"warning: the source was edited since {args.sample} was trained", file=sys.stderr)
-    model = GPT(Preset(**saved["preset"]), recipe_of(saved["config"]["spec"])).to(args.device)
+    spec = saved["config"]["spec"]
+    model = GPT(Preset(**saved["preset"]), parse_spec(ARMS.get(spec, spec))).to(args.device)
     model.load_state_dict(saved["model"])
     print(model.generate(os.fsencode(args.prompt or "def "), 400, seeds_of(args)[0]).decode("utf-8", "replace"))
 

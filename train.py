@@ -510,7 +510,7 @@ def table(rows: list[dict]) -> list[dict]:
 def interval(values: list[float]) -> tuple[float, float]:
     """(mean, half of its 95% interval) by Student's t; the half is nan for one value."""
     deviation = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
-    return statistics.mean(values), T_975[min(max(len(values), 2), 21) - 2] * deviation / len(values) ** 0.5
+    return statistics.mean(values), T_975[min(max(len(values), 2), len(T_975) + 1) - 2] * deviation / len(values) ** 0.5
 
 
 def summary(rows: list[dict]) -> list[str]:

@@ -43,6 +43,7 @@ Shapes: T tokens, k experts per token, E experts, M padded token slots, D model 
 """
 import argparse
 import contextlib
+import signal
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -94,7 +95,6 @@ class Recipe:
 RECIPES = {"bf16": Recipe(precision="bf16"),
            "naive": Recipe(transpose="requant", swiglu="unfused", permute="unfused", scales="fp32"),
            "flow": Recipe()}
-switch = replace                # switch(recipe, swiglu="unfused"): the recipe with some switches changed
 
 
 def parse_spec(spec: str) -> Recipe:
@@ -107,7 +107,7 @@ def parse_spec(spec: str) -> Recipe:
         check_choice(key, value, CHOICES[key])
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"recipe={spec!r} sets a switch twice: set it once")
-    return switch(RECIPES[name], **dict(pairs))
+    return replace(RECIPES[name], **dict(pairs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -559,8 +559,8 @@ def print_layer_times(device) -> None:
 
 
 def main(argv=None) -> None:
-    about = "The casts of every recipe and switch, the double-quantization table and, on a GPU, the layer's times."
-    parser = argparse.ArgumentParser(prog="fp8flow.py", allow_abbrev=False, description=about)
+    """The casts of every recipe and switch, the double-quantization table and, on a GPU, the layer's times."""
+    parser = argparse.ArgumentParser(prog="fp8flow.py", allow_abbrev=False, description=main.__doc__)
     parser.add_argument("--trace", metavar="SPEC", help="instead: each launch of one layer: flow, flow,swiglu=unfused")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -579,4 +579,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # `| head` ends it without a traceback
     main()

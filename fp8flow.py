@@ -156,7 +156,8 @@ def make_plan(experts: Tensor, n_experts: int, block: int = BLOCK) -> Plan:
         slots              1 . . . | 0 2 . . | . . . .        token (dots are -1); slot = [[4], [0], [5]]
         tiles              0         1         -1             tile_expert;         ends = [4, 8], counts = [1, 2]
 
-    Raises ValueError for other shapes and dtypes; the values are checked on a CPU only (reading them is a sync).
+    Raises ValueError for other shapes and dtypes, and for values out of range where the twins run; elsewhere, where
+    reading them is a sync, `gather` fails on them (on a GPU by a device-side assertion).
     """
     check("experts", experts, (torch.int64,), kernels.ANY, kernels.ANY)
     if experts.device.type == "cpu" and not kernels.INTERPRET:
@@ -168,7 +169,7 @@ def make_plan(experts: Tensor, n_experts: int, block: int = BLOCK) -> Plan:
     counts = bounds.diff()                                          # rows of expert e: bounds[e] to bounds[e + 1]
     ends = ((counts + block - 1) // block * block).cumsum(0)
     row = torch.arange(T * k, device=device)
-    slot_of_row = row + (pad(ends[:-1], (1, 0)) - bounds[:-1])[expert_of_row]
+    slot_of_row = row + (pad(ends[:-1], (1, 0)) - bounds[:-1]).gather(0, expert_of_row)     # -1 fails; [] would wrap
     pair, row_of_slot = torch.full((2, M), -1, device=device)
     pair[slot_of_row], row_of_slot[slot_of_row] = pair_of_row, row  # each place is written once
     slot, row_of_pair = torch.empty((2, T * k), dtype=torch.int64, device=device)

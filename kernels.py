@@ -185,8 +185,8 @@ def _check_ends(ends: Tensor, slots: int) -> None:
 class Launch:
     """What one launch did. `tensor` is given afterwards by `named`: a wrapper does not know for whom it works.
 
-    cast: "Q" quantizes an activation, "DQ" dequantizes it, "Q'" quantizes what was just dequantized; "" changes no
-    precision, or on the way of other work.
+    cast: "Q" quantizes an activation, "DQ" dequantizes it, "Q'" is a Q right after a DQ, if casts alone are counted;
+    "" changes no precision, or on the way of other work.
     """
     op: str                                                         # the wrapper's name
     direction: str                                                  # forward or backward
@@ -1209,7 +1209,7 @@ def bench_permute(bench: Bench, T, D, F, E, top_k, device) -> None:
     compact, padding = rows[live], torch.where(live, live.cumsum(0) - 1, -1)
     x = torch.randn(T, D, device=device, dtype=torch.bfloat16)
     for name, size, t in (("FP8", 1, quantize(x)), ("bf16", 2, x)):
-        bench.line(f"permute+pad {name}", lambda: gather_rows(t, rows), size * (len(compact) + M) * D,
+        bench.line(f"permute+pad {name}", lambda: gather_rows(t, rows), size * (T + M) * D,
                    unfused=lambda: gather_rows(gather_rows(t, compact), padding))
     y, unpadded, rank = gather_rows(x, rows), slots.flatten(), torch.arange(slots.numel(), device=device).view_as(slots)
     bench.line("unpermute+unpad bf16", lambda: sum_rows(y, slots), 2 * (slots.numel() + len(slots)) * D,
@@ -1219,10 +1219,10 @@ def bench_permute(bench: Bench, T, D, F, E, top_k, device) -> None:
 def bench_transpose(bench: Bench, T, D, F, E, top_k, device) -> None:
     rows = balanced_routing(T, E, top_k, device)[0]
     q = quantize(torch.randn(T, D, device=device, dtype=torch.bfloat16))
-    permuted, live = gather_rows(q, rows), int((rows >= 0).sum())
+    permuted = gather_rows(q, rows)
     bench.line("scaling-aware transpose", lambda: scaling_aware_transpose(permuted), 2 * len(rows) * D,
                requantizing=lambda: quantize(transpose(dequantize(permuted, torch.bfloat16))))
-    bench.line("  with the permute inside", lambda: scaling_aware_transpose(q, rows), (live + len(rows)) * D,
+    bench.line("  with the permute inside", lambda: scaling_aware_transpose(q, rows), (T + len(rows)) * D,
                apart=lambda: scaling_aware_transpose(gather_rows(q, rows)))
 
 

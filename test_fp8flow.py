@@ -1076,6 +1076,10 @@ def test_twins_refuse_wrong_indices(monkeypatch):
             call()
     with pytest.raises(ValueError, match="^experts holds values"):
         fp8flow.make_plan(torch.tensor([[2]]), 2)
+    monkeypatch.setattr(kernels, "INTERPRET", True)                     # as with kernels: nothing is read, but -1 fails
+    for wrong in (-1, 2):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            fp8flow.make_plan(torch.tensor([[0], [wrong]]), 2)
 
 
 def train(*args, **environment):
@@ -1278,6 +1282,9 @@ def test_runs_are_reused_refused_or_cleared(here, files, monkeypatch, capsys):
             here("--recipe", "bf16", "--out", "x")
         assert "source (" in capsys.readouterr().err.splitlines()[-1]
         assert here("--recipe", "bf16", "--out", "x", "--resume") == 0 and "edited" in capsys.readouterr().err
+        there = train_py.read_run(files / "here/x/bf16")["config"]
+        train_py.check_same(files, there, now := dict(there, source="edited"), resume=True)
+        assert now["source"] == f"{there['source']}+edited"             # what goes on is a run of both
     _, held = train_py.claim(files / "here/x")
     with pytest.raises(SystemExit):
         here("--recipe", "bf16", "--out", "x")
@@ -1377,6 +1384,7 @@ def test_probe_by_hand():
     x[:64] *= 2.0 ** -12
     x[:64, 64:] *= 2.0 ** -8
     x[128:] = 0
+    x[64, 0] = 2.0 ** -30                                               # lost before, by quantization: does not count
     found = train_py.look_at(x, plan)
     assert found["amax"] == 1 and found["binades"] == 12 and found["underflow"] == 0.25
     assert train_py.look_at(torch.zeros_like(x), plan)["sqnr_direct"] == -math.inf          # no reason to stop a run

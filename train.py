@@ -203,13 +203,14 @@ def runs_in(out: Path) -> dict[Path, dict]:
 
 
 def check_same(folder: Path, there: dict, now: dict, resume: bool) -> None:
-    """Raises ValueError unless a run that lies in `out` belongs to those asked for. `resume` lets edits pass."""
+    """Raises ValueError unless a run in `out` belongs to what is asked. `resume` lets edits pass, as a run of both."""
     different = [f"{key} ({there.get(key)!r} there, {now.get(key)!r} now)" for key in sorted({*there, *now})
                  if there.get(key) != now.get(key) and not (resume and key == "source")]
     if different:
         raise ValueError(f"--out: {str(folder)!r} has another {', '.join(different)}: --overwrite it or name another")
     if there["source"] != now["source"]:
         print(f"warning: the source was edited since {folder} was begun", file=sys.stderr)
+        now["source"] = "+".join(dict.fromkeys([*there["source"].split("+"), now["source"]]))
 
 
 def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
@@ -295,9 +296,9 @@ def look_at(t: Tensor, plan: Plan) -> dict[str, float]:
     widest = torch.where(filled, scales, -math.inf).amax(2) - torch.where(filled, scales, math.inf).amin(2)
     direct, requantized = (kernels.dequantize(column_wise(q, plan, parse_spec(spec))).t()[live]
                            for spec in ("flow", "flow,transpose=requant"))
-    t = t[live]
+    t, once = t[live], kernels.dequantize(q)[live]
     return dict(amax=t.abs().max().item(), binades=max(0.0, widest.max().item()),
-                underflow=(((direct == 0) & (t != 0)).sum() / (t != 0).sum().clamp(min=1)).item(),
+                underflow=(((direct == 0) & (once != 0)).sum() / (t != 0).sum().clamp(min=1)).item(),
                 sqnr_direct=kernels.sqnr(direct, t), sqnr_requant=kernels.sqnr(requantized, t))
 
 
@@ -376,7 +377,7 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         """[loss, load-balancing loss, gradient norm, the last weight whose gradient is not finite (its place from the
-        end, -1: none), each expert's share of the tokens], still on the device."""
+        end, -1: none), each expert's share of the last micro-batch], still on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.preset)
         losses = torch.stack([self.micro_batch(i) for i in range(self.preset.accumulate)]).mean(0)
@@ -391,9 +392,8 @@ class Trainer:
 
     def save(self) -> None:
         write_safely(self.run.checkpoint, lambda path: torch.save({
-            "step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "lengths": {log.name: log.stat().st_size for log in self.run.folder.glob("*.csv")}}, path))
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),
+            "step": self.step, "lengths": {f.name: f.stat().st_size for f in self.run.folder.glob("*.csv")}}, path))
 
     def load(self) -> None:
         """From the checkpoint, if there is one. Rows that were written after it are cut off."""
@@ -492,7 +492,7 @@ def finish(trainer: Trainer, row: dict, args) -> None:
 # comparison
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-         2.120, 2.110, 2.101, 2.093, 2.086)     # Student's t, two-sided 95%, for 1, 2, ... 20 degrees of freedom
+         2.120, 2.110, 2.101, 2.093, 2.086)     # Student's t, two-sided 95%: 1, 2, ... 20 or more degrees of freedom
 
 
 def table(rows: list[dict]) -> list[dict]:

@@ -110,8 +110,7 @@ def parse_spec(spec: str) -> Recipe:
     return replace(RECIPES[name], **dict(pairs))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the cast ledger, read from the trace
+# ---- the cast ledger, read from the trace ---------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def count_casts():
@@ -123,8 +122,7 @@ def count_casts():
     casts += [launch for launch in launches if launch.cast]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the routing plan
+# ---- the routing plan -----------------------------------------------------------------------------------------------
 
 class Unpadded(NamedTuple):
     """What the unfused permute needs besides: pairs sorted by expert without padding are rows [T*k]."""
@@ -156,8 +154,8 @@ def make_plan(experts: Tensor, n_experts: int, block: int = BLOCK) -> Plan:
         slots              1 . . . | 0 2 . . | . . . .        token (dots are -1); slot = [[4], [0], [5]]
         tiles              0         1         -1             tile_expert;         ends = [4, 8], counts = [1, 2]
 
-    Raises ValueError for other shapes and dtypes, and for values out of range where the twins run; elsewhere, where
-    reading them is a sync, `gather` fails on them (on a GPU by a device-side assertion).
+    Raises ValueError for other shapes and dtypes, on a CPU for values out of range, too; on a GPU, where reading them
+    is a sync, `gather` meets those with a device-side assertion.
     """
     check("experts", experts, (torch.int64,), kernels.ANY, kernels.ANY)
     if experts.device.type == "cpu" and not kernels.INTERPRET:
@@ -185,8 +183,7 @@ def spread(probs: Tensor, plan: Plan) -> Tensor:
     return pad(probs.flatten(), (0, 1))[plan.pair]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the switches, a function each
+# ---- the switches, a function each ----------------------------------------------------------------------------------
 
 def permute(x, plan: Plan, recipe: Recipe):
     """Tokens [T, D] (bf16 or FP8) -> slots [M, D], zeros in the padding."""
@@ -232,8 +229,7 @@ def permuted_column_wise(x: QTensor, plan: Plan, recipe: Recipe) -> QTensor:
     return column_wise(permute(x, plan, recipe), plan, recipe)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is kept for backward
+# ---- what is kept for backward --------------------------------------------------------------------------------------
 
 def pack(ctx, *values) -> None:
     """save_for_backward, for QTensors and None too. What hangs on ctx as an attribute lives as long as the graph; what
@@ -264,8 +260,7 @@ def kept(ctx) -> list:
     return [x, h, a, prob, *others]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the layer
+# ---- the layer ------------------------------------------------------------------------------------------------------
 
 class FP8Experts(torch.autograd.Function):
     """The expert layer in FP8: a tensor a line. The margin numbers the explicit casts in the order in which they run.
@@ -429,8 +424,7 @@ class Experts(nn.Module):
         return FUNCTION[self.recipe.precision].apply(x, probs, self.w1, self.w2, self.operands, plan, self.recipe)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python fp8flow.py: casts and double quantization anywhere, the time of the layer on a GPU
+# ---- python fp8flow.py: casts and double quantization anywhere, the time of the layer on a GPU ----------------------
 
 def random_layer(T: int, D: int, F: int, E: int, k: int, device, dtype=torch.float32):
     """(x, probs, plan, w1, w2, dy) of a layer with random routing; x, probs and the weights want gradients."""

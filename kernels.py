@@ -81,8 +81,7 @@ class QTensor(NamedTuple):
         return self.data.shape[-2] // self.scale.shape[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# where a kernel runs
+# ---- where a kernel runs --------------------------------------------------------------------------------------------
 
 @functools.lru_cache                                                # says so once
 def _capability(device_index: int) -> tuple[int, int]:
@@ -108,8 +107,7 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checks: one sentence with the argument, its value and the remedy, before any launch and without a sync
+# ---- checks: one sentence with the argument, its value and the remedy, before any launch and without a sync ---------
 
 ANY, BLOCKS = "any", "a multiple of 128"                            # what an axis may be, besides a given length
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -178,8 +176,7 @@ def _check_ends(ends: Tensor, slots: int) -> None:
         raise ValueError(f"ends holds {ends.tolist()}: give multiples of {BLOCK} up to {slots} that do not decrease")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the trace: every launch of a wrapper, recorded as it happens
+# ---- the trace: every launch of a wrapper, recorded as it happens ---------------------------------------------------
 
 @dataclass
 class Launch:
@@ -265,8 +262,7 @@ def recorded(cast: str = ""):
     return decorate
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scales
+# ---- scales ---------------------------------------------------------------------------------------------------------
 
 def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
     """The scale of a block whose largest magnitude is `amax` (fp32, any shape), and the factor that encodes with it.
@@ -324,8 +320,7 @@ def _quantize_blocks(x, POW2: tl.constexpr, TILE: tl.constexpr):
     return tl.reshape(_encode(blocks * factor[:, :, None]), x.shape), scale
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# quantize, dequantize
+# ---- quantize, dequantize -------------------------------------------------------------------------------------------
 
 def _to_fp8(x: Tensor) -> Tensor:
     """fp32 -> E4M3, nearest even; a NaN of either sign becomes the code 0x7F, as the hardware's cast makes it."""
@@ -407,8 +402,7 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# weights: 128x128 blocks survive a transpose, so one pass over the fp32 master writes W and W^T
+# ---- weights: 128x128 blocks survive a transpose, so one pass over the fp32 master writes W and W^T -----------------
 
 def quantize_weight_ref(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTensor]:
     blocks = rearrange(w.float(), "e (n i) (k j) -> e k n i j", i=BLOCK, j=BLOCK)
@@ -457,8 +451,7 @@ def quantize_weight(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTensor]:
     return q, q_t
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# row-wise FP8 -> column-wise FP8
+# ---- row-wise FP8 -> column-wise FP8 --------------------------------------------------------------------------------
 
 def scaling_aware_transpose_ref(q: QTensor, rows: Tensor | None = None) -> QTensor:
     """For each tile: S is the largest of its 128 scales, a code of row r times s_r / S, rounded, transposed."""
@@ -555,8 +548,7 @@ def transpose(x: Tensor) -> Tensor:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# SwiGLU: a = silu(gate) * up * prob, with h = [gate | up] and prob the router's weight of each slot
+# ---- SwiGLU: a = silu(gate) * up * prob, with h = [gate | up] and prob the router's weight of each slot -------------
 
 def swiglu_ref(h: Tensor, prob: Tensor) -> Tensor:
     gate, up = h.float().chunk(2, dim=-1)
@@ -717,8 +709,7 @@ def swiglu_backward_quantize(da: Tensor, h: Tensor, prob: Tensor, scales: str = 
     return dh, dprob, a
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# permute + pad is one gather of rows; unpermute + unpad is one gather and sum
+# ---- permute + pad is one gather of rows; unpermute + unpad is one gather and sum -----------------------------------
 
 def gather_rows_ref(x, rows: Tensor):
     if isinstance(x, QTensor):
@@ -811,8 +802,7 @@ def sum_rows(x: Tensor, slots: Tensor) -> Tensor:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# grouped GEMM, level 1: the twins
+# ---- grouped GEMM, level 1: the twins -------------------------------------------------------------------------------
 
 def grouped_gemm_ref(a: QTensor, b: QTensor, tile_expert: Tensor) -> Tensor:
     x, w = dequantize_ref(a), dequantize_ref(b)
@@ -829,8 +819,7 @@ def grouped_wgrad_ref(a: QTensor, b: QTensor, ends: Tensor, dtype: torch.dtype =
                         for begin, end in zip([0, *ends.tolist()], ends.tolist())])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# grouped GEMM, level 2: the loop
+# ---- grouped GEMM, level 2: the loop --------------------------------------------------------------------------------
 
 @triton.jit
 def _grouped_gemm_kernel(a, b, out,                         # [M, K], [E, N, K], [M, N]; wgrad: b [N, K], out [E, M, N]
@@ -868,8 +857,7 @@ def _grouped_gemm_kernel(a, b, out,                         # [M, K], [E, N, K],
     tl.store(out + at, acc.to(out.dtype.element_ty))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# grouped GEMM, level 3: the loop without waiting, for Hopper, in Gluon
+# ---- grouped GEMM, level 3: the loop without waiting, for Hopper, in Gluon ------------------------------------------
 #
 # `acc += dot * scale` makes a program wait for the tensor core, then makes the tensor core wait while the CUDA cores
 # promote. Here a program is three roles that run at the same time, each a function below:
@@ -1132,8 +1120,7 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor, dtype: torch.dtype = tor
     return _launch_gemm(a, b, out, ends, ends)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python kernels.py [NAME ...]: timings on a GPU
+# ---- python kernels.py [NAME ...]: timings on a GPU -----------------------------------------------------------------
 
 def sqnr(x: Tensor, ref: Tensor) -> float:
     """Signal to quantization-noise ratio in dB: 10 log10(|ref|^2 / |x - ref|^2). 31.5 dB is 2.7% of error."""

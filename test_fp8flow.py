@@ -45,8 +45,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 ROOT = Path(__file__).parent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Triton's interpreter truncates casts to bf16 and fp8; the hardware rounds to nearest even. Repair it, and prove it.
+# ---- Triton's interpreter truncates casts to bf16 and fp8; the hardware rounds to nearest even. Repair, and prove it.
 
 def _rounding_cast(values, source, target, rounding_mode=None):
     """interpreter._convert_float, done by torch: bits of `source` in, bits of `target` out, as PTX cvt.rn.satfinite."""
@@ -94,8 +93,7 @@ def test_casts_round_to_nearest_even():
     assert torch.equal(fp8, x.to(FP8).view(torch.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# helpers
+# ---- helpers --------------------------------------------------------------------------------------------------------
 
 def data(kind: str, R: int, C: int, seed: int = 0, dtype=torch.bfloat16) -> torch.Tensor:
     """Matrices that look like what a layer quantizes: plain, heavy-tailed, and rows of very different size."""
@@ -123,8 +121,7 @@ SHAPES = [(1, 128), (128, 128), (37, 384)] + ([(4096, 2048), (1000, 7168), (513,
 TILES = [(128, 128), (256, 384)] + ([(4096, 2048), (1024, 7168), (640, 1408)] if CUDA else [])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# quantize
+# ---- quantize -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("scales", ["pow2", "fp32"])
 @pytest.mark.parametrize("kind", ["plain", "heavy", "gradient"])
@@ -200,8 +197,7 @@ def test_quantize_weight(scales):
         assert y[at].isnan() and y[:2].isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# transpose
+# ---- transpose ------------------------------------------------------------------------------------------------------
 
 def e4m3_value(code: int) -> float:
     sign, exponent, mantissa = code >> 7, code >> 3 & 15, code & 7
@@ -289,8 +285,7 @@ def test_direct_transpose_against_requantizing():
     assert error["row", "pow2"] - error["requant", "pow2"] < 0.2 and error["row", "pow2"] - error["direct"] < 0.2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# SwiGLU: against fp64, and the emitted codes against quantizing the unquantized result
+# ---- SwiGLU: against fp64, and the emitted codes against quantizing the unquantized result --------------------------
 
 def swiglu_exact(h, prob, da=None):
     h = h.double().requires_grad_()
@@ -340,8 +335,7 @@ def test_offsets_beyond_2_31():
                      kernels.scaling_aware_transpose(kernels.quantize(h[-128:, -128:].contiguous())))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# moving rows
+# ---- moving rows ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("T, C, M", [(5, 128, 256), (130, 384, 384)]
                          + ([(4096, 7168, 8192), (999, 1408, 3072)] if CUDA else []))
@@ -389,8 +383,7 @@ def test_gather_skips_unused_tiles():
     assert torch.equal(q.data.view(torch.uint8)[used], full.data.view(torch.uint8)[used])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# grouped GEMM: against fp64 on the dequantized operands, so that quantization error cannot hide a bug
+# ---- grouped GEMM: against fp64 on the dequantized operands, so that quantization error cannot hide a bug -----------
 
 COUNTS = [[1, 0, 2]] + ([[3, 0, 7, 1, 0, 12], [0, 0, 32], [16, 16, 16, 16, 16, 16, 16]] if CUDA else [])
 LEVELS = ["loop", "hopper"] if CUDA and torch.cuda.get_device_capability()[0] == 9 else ["loop"]
@@ -550,8 +543,7 @@ def test_gemms_compile_without_a_gpu(tmp_path):
     assert len(spills) == 25 and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), spills
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# routing
+# ---- routing --------------------------------------------------------------------------------------------------------
 
 ROUTES = [  # T, E, K and the reason
     (300, 4, 2, "T*K is no multiple of 128"),
@@ -623,8 +615,7 @@ def test_permute_round_trip():
         assert torch.equal(fp8flow.unpermute(fp8flow.permute(x, plan, recipe), plan, recipe), 2 * x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the layer
+# ---- the layer ------------------------------------------------------------------------------------------------------
 
 def layer_inputs(T, D, width, E, K, kind="random", seed=0):
     experts, probs = routing(T, E, K, kind, seed)
@@ -736,8 +727,7 @@ def test_no_sync_in_the_layer(recipe, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# weights are cast once per optimizer step, and never used stale
+# ---- weights are cast once per optimizer step, and never used stale -------------------------------------------------
 
 def test_changed_weights_are_cast_again(tmp_path):
     experts, probs, x, _, w1, w2 = layer_inputs(20, 128, 128, 2, 1)
@@ -800,8 +790,7 @@ def test_no_second_derivative():
         dx.sum().backward()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# memory: what backward has used is freed, even while the graph lives
+# ---- memory: what backward has used is freed, even while the graph lives --------------------------------------------
 
 def held_by(ctx) -> list:
     """The attributes of an autograd context that hold activations or weights."""
@@ -830,8 +819,7 @@ def test_a_step_leaves_no_graph_behind(monkeypatch):
     assert held == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the trace and the ledger
+# ---- the trace and the ledger ---------------------------------------------------------------------------------------
 
 def traced(recipe):
     with kernels.trace() as launches:
@@ -963,8 +951,7 @@ def test_kernels_py_refuses_names_it_does_not_know(capsys):
         assert error.value.code == 2 and "no GPU" in capsys.readouterr().err.splitlines()[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is refused
+# ---- what is refused ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, says", [
     (dict(scales="fp32"), "transpose=direct needs scales=pow2"), (dict(swiglu="maybe"), "swiglu='maybe'"),
@@ -1089,8 +1076,7 @@ def train(*args, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command line: one sentence that names the argument, exit code 2, nothing written
+# ---- the command line: one sentence that names the argument, exit code 2, nothing written ---------------------------
 
 BAD = [  # what is typed ({tmp} holds the files below), and what the last line must say
     ("--recipe flaw", "'flaw'"), ("--recipe flow,fast=yes", "'fast'"), ("--recipe flow,swiglu=half", "'half'"),
@@ -1159,8 +1145,7 @@ def test_train_refuses(files, capsys):
     assert done.returncode == 2 and "scales=pow2" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
+# ---- training -------------------------------------------------------------------------------------------------------
 
 def read_log(path):
     with open(path) as file:
@@ -1326,7 +1311,7 @@ def test_arms_that_test_the_comparison(monkeypatch):
     preset = train_py.replace(train_py.PRESETS["tiny"], n_layers=2)
     def fresh(spec):
         torch.manual_seed(0)
-        gpt = model.GPT(preset, fp8flow.parse_spec(train_py.ARMS.get(spec, spec)))
+        gpt = model.GPT(preset, train_py.recipe_of(spec))
         train_py.interfere(gpt, spec)
         return gpt
     plain, nudged = (dict(fresh(spec).named_parameters()) for spec in ("bf16", "bf16-nudged"))
@@ -1438,8 +1423,7 @@ def test_a_run_sees_all_of_the_text_alike():
     assert len({train_py.starts_of(torch.zeros(1), places, seed).item() for seed in range(100)}) == 100
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
+# ---- the model ------------------------------------------------------------------------------------------------------
 
 def test_rotary_sees_distances():
     q, k = torch.randn(2, 1, 1, 1, 1, 64).expand(-1, -1, 40, -1, -1, -1)    # one vector at every position

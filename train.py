@@ -80,8 +80,11 @@ LADDER = ("bf16", "naive", "naive,scales=pow2", "naive,transpose=direct,scales=p
           "flow,transpose=requant")         # and back; the paper's rows are this and the rung before flow
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data
+def recipe_of(spec: str) -> Recipe:
+    return parse_spec(ARMS.get(spec, spec))
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
 
 def read_corpus(path: str | None) -> tuple[list[bytes], str]:
     """The texts of a file, of a folder's text files, or of torch's own source; and what it is. Raises ValueError."""
@@ -156,8 +159,7 @@ def validate(model: GPT, text: Tensor, preset: Preset) -> float:
     return torch.stack([model(*batch_of(text, s, preset.seq_len))[0] for s in starts.split(preset.batch)]).mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run leaves on disk
+# ---- what a run leaves on disk --------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
@@ -203,7 +205,7 @@ def runs_in(out: Path) -> dict[Path, dict]:
 
 
 def check_same(folder: Path, there: dict, now: dict, resume: bool) -> None:
-    """Raises ValueError unless a run in `out` belongs to what is asked. `resume` lets edits pass, as a run of both."""
+    """Raises ValueError unless a run in `out` belongs to what is asked. `resume` lets edits pass: `now` gets both."""
     different = [f"{key} ({there.get(key)!r} there, {now.get(key)!r} now)" for key in sorted({*there, *now})
                  if there.get(key) != now.get(key) and not (resume and key == "source")]
     if different:
@@ -274,8 +276,7 @@ class Log:
         return loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the probe: what quantization and the transpose do to the four tensors of every layer
+# ---- the probe: what quantization and the transpose do to the four tensors of every layer ---------------------------
 
 def four_tensors(experts, x: Tensor, probs: Tensor, plan: Plan, dy: Tensor) -> dict[str, Tensor]:
     """X, A, dY, dH of one expert layer in bf16, [M, ...], zeros in the padding."""
@@ -317,8 +318,7 @@ def probe(trainer) -> list[dict]:
             for name, t in four_tensors(experts, *inputs).items()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one run
+# ---- one run --------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def stop_signals():
@@ -350,8 +350,9 @@ def interfere(model: GPT, spec: str) -> None:
     if spec == "bf16-nudged":
         weight = model.moes[0].router.weight.detach()[0, :1]
         weight.copy_(weight.nextafter(torch.full_like(weight, math.inf)))
-    for w in (w for moe in model.moes for w in moe.experts.parameters() if spec == "flow-harmed"):
-        w.register_hook(lambda grad: grad * (torch.arange(len(grad), device=grad.device) % 2)[:, None, None])
+    if spec == "flow-harmed":
+        for w in (w for moe in model.moes for w in moe.experts.parameters()):
+            w.register_hook(lambda grad: grad * (torch.arange(len(grad), device=grad.device) % 2)[:, None, None])
 
 
 class Trainer:
@@ -360,7 +361,7 @@ class Trainer:
     def __init__(self, run: Run, preset: Preset, text: Tensor, args):
         self.run, self.preset, self.text, self.device, self.step = run, preset, text, args.device, 0
         torch.manual_seed(run.seed)
-        self.model = GPT(preset, parse_spec(ARMS.get(run.spec, run.spec))).to(args.device)
+        self.model = GPT(preset, recipe_of(run.spec)).to(args.device)
         interfere(self.model, run.spec)
         for block in self.model.blocks if args.compile else ():
             block.compile()
@@ -488,8 +489,7 @@ def finish(trainer: Trainer, row: dict, args) -> None:
     trainer.run.checkpoint.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# comparison
+# ---- comparison -----------------------------------------------------------------------------------------------------
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
          2.120, 2.110, 2.101, 2.093, 2.086)     # Student's t, two-sided 95%: 1, 2, ... 20 or more degrees of freedom
@@ -510,7 +510,8 @@ def table(rows: list[dict]) -> list[dict]:
 def interval(values: list[float]) -> tuple[float, float]:
     """(mean, half of its 95% interval) by Student's t; the half is nan for one value."""
     deviation = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
-    return statistics.mean(values), T_975[min(max(len(values), 2), len(T_975) + 1) - 2] * deviation / len(values) ** 0.5
+    degrees = min(max(len(values) - 1, 1), len(T_975))
+    return statistics.mean(values), T_975[degrees - 1] * deviation / len(values) ** 0.5
 
 
 def summary(rows: list[dict]) -> list[str]:
@@ -554,8 +555,9 @@ def compare(runs: list[Run], preset: Preset, train_text: Tensor, val_text: Tenso
     lines = table(rows := write_table(args))
     for spec, *cells in [lines[0].keys(), *map(dict.values, lines)] if lines else []:
         print(f"{spec:>36}" + "".join(f"{cell:>14}" for cell in cells))
-    note = ["  The order of the rungs decides which of them gets the credit for what two do together."]
-    print("", *summary(rows), *note * args.ablate, sep="\n")
+    print("", *summary(rows), sep="\n")
+    if args.ablate:
+        print("  The order of the rungs decides which of them gets the credit for what two do together.")
     draw_losses([run for run in runs if (run.folder / "log.csv").exists()], args.out)
     print(f"written to {args.out}")
     return failures
@@ -597,8 +599,7 @@ def draw_losses(runs: list[Run], out: Path) -> None:
     write_safely(out / "loss.png", lambda path: figure.savefig(path, dpi=150, format="png"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
+# ---- command line ---------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, description=(
@@ -736,8 +737,7 @@ def sample(args) -> None:
     saved = torch.load(path, map_location=args.device, weights_only=True)
     if saved["config"]["source"] != source_hash():
         print(f"warning: the source was edited since {args.sample} was trained", file=sys.stderr)
-    spec = saved["config"]["spec"]
-    model = GPT(Preset(**saved["preset"]), parse_spec(ARMS.get(spec, spec))).to(args.device)
+    model = GPT(Preset(**saved["preset"]), recipe_of(saved["config"]["spec"])).to(args.device)
     model.load_state_dict(saved["model"])
     print(model.generate(os.fsencode(args.prompt or "def "), 400, seeds_of(args)[0]).decode("utf-8", "replace"))
 

@@ -3,8 +3,9 @@
     python assets/draw.py dataflow                          every launch of naive and flow, from their traces
     python fp8flow.py | python assets/draw.py layer         GPU time by kind of kernel, from the first table of times
     python kernels.py | python assets/draw.py kernels       the table as comma-separated values, to compare with others
+    python assets/draw.py evidence                          prints the intervals of the runs in evidence.csv
 
-Each writes into assets/: dataflow.png, layer.png, kernels.csv. (`python train.py --compare --seeds N` draws losses.)
+The first three write into assets/: dataflow.png, layer.png, kernels.csv. (`train.py --compare --seeds N` draws losses.)
 """
 import csv
 import itertools
@@ -18,6 +19,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import fp8flow
 import kernels
+import train
 
 RED, BLUE, GRAY, INK = "#c8102e", "#1f6fb2", "#8a8f98", "#222222"
 PALE = "#d0d3d8"
@@ -80,8 +82,16 @@ def table_of_kernels() -> None:
         csv.writer(file).writerows(rows)
 
 
+def evidence() -> None:
+    """What `train.py --compare --seeds` prints under its table, for the runs of each commit."""
+    with open(HERE / "evidence.csv") as file:
+        for commit, rows in itertools.groupby(csv.DictReader(file), lambda row: row["commit"]):
+            rows = [dict(row, val_loss=float(row["val_loss"])) for row in rows]
+            print(f"commit {commit}, {rows[0]['gpu']}", *train.summary(rows), sep="\n")
+
+
 if __name__ == "__main__":
-    modes = dict(dataflow=dataflow, layer=layer, kernels=table_of_kernels)
+    modes = dict(dataflow=dataflow, layer=layer, kernels=table_of_kernels, evidence=evidence)
     if len(sys.argv) != 2 or sys.argv[1] not in modes:
         sys.exit(__doc__)
     modes[sys.argv[1]]()

@@ -1,9 +1,10 @@
-"""A small Mixture-of-Experts GPT over bytes. Nothing here knows about FP8: the experts come from fp8flow.
+"""A small Mixture-of-Experts GPT over bytes. Nothing here knows about FP8: the experts come from
+fp8flow.
 
-Activations are bf16, master weights fp32, the router computes in fp32. Attention and the router stay what they are in
-every recipe; only `Experts` changes.
+Activations are bf16, master weights fp32, the router computes in fp32. Attention and the router
+stay what they are in every recipe; only `Experts` changes.
 
-Shapes: B sequences, S positions, D model width, T = B*S tokens, E experts, k experts per token.
+Shapes: B sequences, S positions, D model width, H heads, E experts, k experts per token.
 """
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -13,7 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fp8flow import Experts, Recipe, make_plan
+if __package__:
+    from .fp8flow import Experts, Recipe
+else:
+    from fp8flow import Experts, Recipe
 
 
 @dataclass(frozen=True)
@@ -30,19 +34,22 @@ class GPTConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            if field.type is int and not 1 <= getattr(self, field.name) < 2 ** 31:
-                raise ValueError(f"{field.name}={getattr(self, field.name)} must lie between 1 and 2^31")
+            value = getattr(self, field.name)
+            if field.type is int and not 1 <= value < 2 ** 31:
+                raise ValueError(f"{field.name}={value} must lie between 1 and 2^31")
         for name in ("d_model", "d_expert"):
-            if getattr(self, name) % 128:
-                raise ValueError(f"{name}={getattr(self, name)} must be a multiple of 128, the FP8 block")
+            value = getattr(self, name)
+            if value % 128:
+                raise ValueError(f"{name}={value} must be a multiple of 128, the FP8 block")
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k={self.top_k} must not exceed n_experts={self.n_experts}")
         if self.d_model % (8 * self.n_heads):
-            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model} into heads of 8, 16, 24, ...")
+            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model} into "
+                             "heads of 8, 16, 24, ...")
 
 
-def wide(x: Tensor) -> Tensor:
-    """What is multiplied: few CPUs multiply bf16 at the speed of fp32."""
+def fp32_on_cpu(x: Tensor) -> Tensor:
+    """For what is multiplied: few CPUs multiply bf16 at the speed of fp32."""
     return x.float() if x.is_cpu else x
 
 
@@ -50,11 +57,12 @@ class Linear(nn.Linear):
     """fp32 master weight, rounded to the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(wide(x), wide(self.weight.to(x.dtype))).to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        return F.linear(fp32_on_cpu(x), fp32_on_cpu(weight)).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """fp32 master weight, computed in the dtype of the input: PyTorch's fused kernel wants one dtype."""
+    """fp32 master weight, computed in the dtype of the input: PyTorch's fused kernel wants one."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -62,51 +70,51 @@ class RMSNorm(nn.RMSNorm):
 
 @lru_cache
 def rotation(S: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos [S, 1, 1, d], for both elements of a pair, and sin [S, 1, 1, d/2] of the angles by which position s turns the
-    pairs i of a head of width d: s * 10000^(-2i/d)."""
-    with torch.inference_mode(False):                                   # made in evaluation, they serve training too
-        frequencies = 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
-        angles = torch.arange(S, device=device)[:, None, None, None] * frequencies
-        return torch.cat([angles, angles], dim=-1).cos().to(dtype), angles.sin().to(dtype)
+    """cos and sin [S, 1, 1, width/2] of the angles by which position s turns the pairs i of a head:
+    s * 10000^(-2i/width)."""
+    with torch.inference_mode(False):       # Made in an evaluation, they may serve training.
+        pair = torch.arange(0, width, 2, device=device, dtype=torch.float32)
+        position = torch.arange(S, device=device, dtype=torch.float32)
+        angles = position[:, None] * 10000.0 ** (-pair / width)
+        angles = angles[:, None, None, :]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
-    """x [B, S, ., H, d] -> the same, of which elements i and d/2 + i, a pair (a, b), have become
-    (a cos - b sin, b cos + a sin). sign=-1: back."""
-    y, half = x * cos, sin.shape[-1]
-    y[..., :half].addcmul_(x[..., half:], sin, value=-sign)
-    y[..., half:].addcmul_(x[..., :half], sin, value=sign)
-    return y
-
-
-class Rotary(torch.autograd.Function):
-    """Turns each pair by its position's angle, so that q @ k sees distances alone; backward turns back. Autograd's own
-    backward would read and write half as much again."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        return turn(dy, *ctx.saved_tensors, sign=-1), None, None
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions: x [B, S, ., H, d] -> the same, each pair (a, b) of elements i and d/2 + i
+    turned by its position's angle, so that q @ k sees distances alone."""
+    cos, sin = angles
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_heads, D = config.n_heads, config.d_model
-        self.qk, self.v, self.out = (Linear(D, width, bias=False) for width in (2 * D, D, D))
+        D = config.d_model
+        self.n_heads = config.n_heads
+        self.qk = Linear(D, 2 * D, bias=False)
+        self.v = Linear(D, D, bias=False)
+        self.out = Linear(D, D, bias=False)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, S, D] bf16, angles: what `rotation` returns, in bf16 -> [B, S, D]."""
         qk = rearrange(self.qk(x), "b s (two h d) -> b s two h d", two=2, h=self.n_heads)
-        qk = Rotary.apply(F.rms_norm(qk, qk.shape[-1:]), *angles)           # normalised: no logit can run away
+        qk = F.rms_norm(qk, qk.shape[-1:])  # Normalised, no logit of attention can run away.
+        q, k = rotate(qk, angles).unbind(2)
         v = rearrange(self.v(x), "b s (h d) -> b s h d", h=self.n_heads)
-        q, k, v = (wide(rearrange(t, "b s h d -> b h s d")) for t in (*qk.unbind(2), v))
+        q, k, v = (fp32_on_cpu(rearrange(t, "b s h d -> b h s d")) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(rearrange(y, "b h s d -> b s (h d)").to(x.dtype))
+
+
+class Router(nn.Linear):
+    """Scores in fp32 whatever surrounds it, autocast or a model in bf16: close choices depend on
+    the last bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float()).softmax(-1)
 
 
 class MoE(nn.Module):
@@ -114,29 +122,35 @@ class MoE(nn.Module):
 
     def __init__(self, config: GPTConfig, recipe: Recipe):
         super().__init__()
-        self.top_k, self.n_experts = config.top_k, config.n_experts
-        self.router = nn.Linear(config.d_model, config.n_experts, bias=False)
+        self.top_k = config.top_k
+        self.router = Router(config.d_model, config.n_experts, bias=False)
         self.experts = Experts(config.n_experts, config.d_model, config.d_expert, recipe)
         self.load = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] bf16 -> the same, and the load-balancing loss: 1 when the load is even (Switch, eq. 4)."""
-        tokens = rearrange(x, "b s d -> (b s) d")
-        scores = self.router(tokens.float()).softmax(-1)                    # [T, E] fp32
-        probs, chosen = scores.topk(self.top_k, dim=-1)                     # [T, k]
-        plan = make_plan(chosen, self.n_experts)
-        self.load = plan.counts / chosen.numel()
-        if self.top_k > 1:                                                  # with one choice it would always be 1,
-            probs = probs / probs.sum(-1, keepdim=True)                     # and the router would learn nothing
-        y = self.experts(tokens, probs, plan)
-        return y.view_as(x), self.n_experts * (self.load * scores.mean(0)).sum()
+        """x [B, S, D] bf16 -> the same, and the load-balancing loss: 1 when the load is even
+        (Switch Transformers, equation 4)."""
+        scores = self.router(x)                                         # [B, S, E] fp32
+        top_k_weights, top_k_index = scores.topk(self.top_k, dim=-1)    # [B, S, k]
+        if self.top_k > 1:
+            # With one choice the weight would always be 1, and the router would learn nothing.
+            top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
+        y = self.experts(x, top_k_index, top_k_weights)
+
+        E = scores.shape[-1]
+        expert = torch.arange(E, device=x.device)
+        chosen = top_k_index[..., None] == expert                       # [B, S, k, E]
+        self.load = chosen.float().mean((0, 1, 2))
+        return y, E * (self.load * scores.mean((0, 1))).sum()
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, recipe: Recipe):
         super().__init__()
-        self.norm1, self.attention = RMSNorm(config.d_model, eps=1e-6), Attention(config)
-        self.norm2, self.moe = RMSNorm(config.d_model, eps=1e-6), MoE(config, recipe)
+        self.norm1 = RMSNorm(config.d_model, eps=1e-6)
+        self.attention = Attention(config)
+        self.norm2 = RMSNorm(config.d_model, eps=1e-6)
+        self.moe = MoE(config, recipe)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x = x + self.attention(self.norm1(x), angles)
@@ -152,12 +166,17 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, recipe) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, eps=1e-6)
         self.head = Linear(config.d_model, config.vocab, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """GPT-2's: everything small, what ends a residual branch smaller with depth."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        for block in self.blocks:                                           # residual branches start small (GPT-2)
-            for weight in (block.attention.out.weight, block.moe.experts.w2):
-                nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** 0.5)
+        residual_std = 0.02 / (2 * self.config.n_layers) ** 0.5
+        for block in self.blocks:
+            nn.init.normal_(block.attention.out.weight, std=residual_std)
+            nn.init.normal_(block.moe.experts.w2, std=residual_std)
             nn.init.normal_(block.moe.experts.w1, std=0.02)
 
     @property
@@ -165,27 +184,32 @@ class GPT(nn.Module):
         return [block.moe for block in self.blocks]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None):
-        """tokens [B, S] int64 -> logits [B, S, vocab] bf16; with targets, the mean cross-entropy in nats and the mean
-        load-balancing loss over the layers (both fp32)."""
-        x, balances = self.embed(tokens).bfloat16(), []
-        angles = rotation(tokens.shape[1], self.config.d_model // self.config.n_heads, x.device, x.dtype)
+        """tokens [B, S] int64 -> logits [B, S, vocab] bf16; with targets, the mean cross-entropy in
+        nats and the mean load-balancing loss over the layers (both fp32)."""
+        x = self.embed(tokens).bfloat16()
+        head_width = self.config.d_model // self.config.n_heads
+        angles = rotation(tokens.shape[1], head_width, x.device, x.dtype)
+        balances = []
         for block in self.blocks:
             x, balance = block(x, angles)
             balances.append(balance)
         logits = self.head(self.norm(x))
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), torch.stack(balances).mean()
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return loss, torch.stack(balances).mean()
 
     def parameter_counts(self) -> tuple[int, int]:
         """(all, active for one token)."""
         total = sum(p.numel() for p in self.parameters())
-        experts = sum(p.numel() for moe in self.moes for p in moe.experts.parameters())
-        return total, total - experts + experts * self.config.top_k // self.config.n_experts
+        experts = sum(moe.experts.w1.numel() + moe.experts.w2.numel() for moe in self.moes)
+        active_experts = experts * self.config.top_k // self.config.n_experts
+        return total, total - experts + active_experts
 
     @torch.no_grad()
     def generate(self, prompt: bytes, n: int, seed: int = 0, temperature: float = 0.8) -> bytes:
-        """Continue `prompt` by n sampled bytes. Runs the whole window each step: simple, and short enough here."""
+        """Continue `prompt` by n sampled bytes. Runs the whole window each step: simple, and short
+        enough here."""
         device = self.embed.weight.device
         rng = torch.Generator().manual_seed(seed)
         text = list(prompt)

@@ -41,17 +41,22 @@ def check_plain_swiglu(module) -> None:
     """Raises ValueError for experts that compute something else than fp8flow does."""
     name = type(module).__name__
     remedy = "use another experts implementation"
+    activation = type(module.act_fn).__name__
     if not module.has_gate or type(module)._apply_gate is not moe._default_apply_gate:
         raise ValueError(f"{name} has a gate of its own (_apply_gate), not SwiGLU: {remedy}")
-    activation = type(module.act_fn).__name__
     if activation not in ("SiLU", "SiLUActivation"):
         raise ValueError(f"{name} has the activation {activation}, not SiLU: {remedy}")
-    if module.has_bias or module.has_post_expert_norm:
+    if module.has_bias or has(module, "has_post_expert_norm"):
         raise ValueError(f"{name} has a bias or a norm after each expert: {remedy}")
-    if module.is_transposed or not module.is_concatenated:
+    if module.is_transposed or not has(module, "is_concatenated", default=True):
         raise ValueError(f"{name} stores gate_up_proj transposed or interleaved: {remedy}")
-    if module._is_expert_parallel:
+    if has(module, "_is_expert_parallel"):
         raise ValueError(f"{name} is spread over several GPUs by expert: {remedy}")
+
+
+def has(module, attribute: str, default: bool = False) -> bool:
+    """For what came to transformers after 5.0."""
+    return getattr(module, attribute, default)
 
 
 def register() -> None:

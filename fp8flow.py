@@ -32,12 +32,14 @@ transpose shares one scale in a 128x128 tile: rows far smaller than the largest 
 codes or vanish.) That leaves one dataflow with switches:
 
     switch      naive      flow      what flow removes
-    transpose   requant    direct    DQ and Q' of all four tensors: -8 casts (exponents are shifted)
+    transpose   unfused    direct    DQ and Q' of all four tensors: -8 casts (exponents are shifted)
     swiglu      unfused    fused     Q(A) and Q(dH): -2 casts (SwiGLU and its backward emit FP8)
     permute     unfused    fused     launches and traffic (permute and pad are one gather)
     scales      fp32       pow2      the double quantization error
 
-Q(X) at the entry of forward and Q(dY) at the entry of backward are left: 2 casts.
+Q(X) at the entry of forward and Q(dY) at the entry of backward are left: 2 casts. Between the two
+values of `transpose` lies `fused`: DQ, transpose and Q' in one launch, a requantization (RQ), which
+counts as one cast a tensor. It costs as little as the direct transpose, and rounds twice.
 
 Reading order: Recipe, Plan, the layer's definition, the switches, FP8Experts; then `experts` and
 `Experts`, the layer for other people's models.
@@ -66,7 +68,7 @@ else:
     from kernels import ANY, BLOCK, BLOCKS, FLOATS, QTensor, check, check_choice
 
 CHOICES = {
-    "transpose": ("direct", "requant"),
+    "transpose": ("direct", "fused", "unfused"),
     "swiglu": ("fused", "unfused"),
     "permute": ("fused", "unfused"),
     "scales": ("pow2", "fp32"),
@@ -79,7 +81,8 @@ class Recipe:
 
     precision   "fp8" | "bf16": bf16 has the same routing plan and fused kernels, torch's grouped
                 GEMM, and no switches.
-    transpose   "direct": shift exponents | "requant": dequantize, transpose, quantize again.
+    transpose   "direct": shift exponents | "unfused": dequantize, transpose, quantize again |
+                "fused": these three in one launch.
     swiglu      "fused" with quantization | "unfused".
     permute     "fused" with padding | "unfused": permute, then pad.
     scales      "pow2" | "fp32" (amax/448).
@@ -102,12 +105,12 @@ class Recipe:
         if self.transpose == "direct" and self.scales == "fp32":
             raise ValueError("transpose=direct needs scales=pow2: it shifts exponents, and the "
                              "ratio of two fp32 scales is no power of two; use scales=pow2 or "
-                             "transpose=requant")
+                             "transpose=fused")
 
 
 RECIPES = {
     "bf16": Recipe(precision="bf16"),
-    "naive": Recipe(transpose="requant", swiglu="unfused", permute="unfused", scales="fp32"),
+    "naive": Recipe(transpose="unfused", swiglu="unfused", permute="unfused", scales="fp32"),
     "flow": Recipe(),
 }
 
@@ -277,17 +280,23 @@ def column_wise(q: QTensor, plan: Plan, recipe: Recipe) -> QTensor:
     """Row-wise FP8 [M, C] -> column-wise FP8 [C, M], for wgrad."""
     if recipe.transpose == "direct":
         return kernels.scaling_aware_transpose(q, None, plan.tile_expert)
+    if recipe.transpose == "fused":
+        return kernels.requantize(q, recipe.scales, plan.tile_expert)
     x = kernels.dequantize(q, torch.bfloat16, plan.tile_expert)
     x = kernels.transpose(x, plan.tile_expert)
     return kernels.quantize(x, recipe.scales, plan.tile_expert, tile_axis=1)
 
 
-def permuted_column_wise(x: QTensor, plan: Plan, recipe: Recipe) -> QTensor:
-    """X as it was kept, [T, D] -> [D, M]: the direct transpose can permute as it reads, the others
-    permute first."""
-    if recipe.transpose == "direct" and recipe.permute == "fused":
+def gathers_in_transpose(recipe: Recipe) -> bool:
+    """The direct transpose can permute as it reads. Then X is kept as it came, T rows, not M."""
+    return recipe.transpose == "direct" and recipe.permute == "fused"
+
+
+def kept_column_wise(x: QTensor, plan: Plan, recipe: Recipe) -> QTensor:
+    """X as it was kept, [T, D] or [M, D] -> [D, M]."""
+    if gathers_in_transpose(recipe):
         return kernels.scaling_aware_transpose(x, plan.token, plan.tile_expert)
-    return column_wise(permute(x, plan, recipe), plan, recipe)
+    return column_wise(x, plan, recipe)
 
 
 # ---- the layer -----------------------------------------------------------------------------------
@@ -343,8 +352,9 @@ class FP8Experts(torch.autograd.Function):
         y = kernels.grouped_gemm(a, operands.w2, plan.tile_expert, plan.ends)
         y = unpermute(y, plan, recipe)
 
-        # X is kept unpermuted: T rows, not M. A is kept only where to make it again is a cast.
-        # What is saved is freed as soon as backward has used it; an attribute would live on.
+        # A is kept only where to make it again is a cast. What is saved is freed as soon as
+        # backward has used it; an attribute would live on.
+        x = x if gathers_in_transpose(recipe) else x_slots
         a_kept = (a.data, a.scale) if recipe.swiglu == "unfused" else (None, None)
         ctx.save_for_backward(x.data, x.scale, h, *a_kept, prob, operands.w1_t.data,
                               operands.w1_t.scale, operands.w2_t.data, operands.w2_t.scale)
@@ -381,7 +391,7 @@ class FP8Experts(torch.autograd.Function):
             a = column_wise(a, plan, recipe)                            # naive 7 8: DQ(A) Q'(A)
             dw2 = kernels.grouped_wgrad(dy, a, plan.ends, wgrad_dtype(ctx.master_dtype))
             dh = column_wise(dh, plan, recipe)                          # naive 9 10: DQ(dH) Q'(dH)
-            x = permuted_column_wise(x, plan, recipe)                   # naive 11 12: DQ(X) Q'(X)
+            x = kept_column_wise(x, plan, recipe)                       # naive 11 12: DQ(X) Q'(X)
             dw1 = kernels.grouped_wgrad(dh, x, plan.ends, wgrad_dtype(ctx.master_dtype))
         return dx, dprob[plan.slot], dw1, dw2, None, None, None     # none for the last three
 
@@ -587,7 +597,8 @@ def tensor_name(targets: str) -> str:
 
 class Cast(NamedTuple):
     """An explicit cast of an activation: one launch whose only job is to change its precision."""
-    kind: str                   # "Q" quantizes, "DQ" dequantizes, "Q'" quantizes column-wise
+    kind: str                   # "Q" quantizes, "DQ" dequantizes, "Q'" quantizes column-wise,
+                                # "RQ" requantizes: DQ, transpose and Q' in one
     tensor: str                 # "X", "A", "dY" or "dH"
     line: int                   # of the layer, in this file
 
@@ -600,7 +611,7 @@ def count_casts():
     do. Weights, which are cast once for many calls, do not count.
     """
     casts = []
-    kinds = {"quantize": "Q", "dequantize": "DQ"}
+    kinds = {"quantize": "Q", "dequantize": "DQ", "requantize": "RQ"}
     originals = {name: getattr(kernels, name) for name in kinds}
 
     def noting(name):

@@ -467,6 +467,56 @@ def transpose(x: Tensor, tile_expert: Tensor | None = None) -> Tensor:
     return out
 
 
+def requantize_ref(q: QTensor, scales: str = "pow2") -> QTensor:
+    return quantize_ref(dequantize_ref(q).t(), scales)
+
+
+@triton.jit
+def _requantize_kernel(
+        data, scale,                        # [M, C] uint8, [C/128, M] fp32
+        tile_expert,                        # [M/128] int32 or None
+        out, out_scale,                     # [C, M] uint8, [M/128, C] fp32
+        M, C, POW2: tl.constexpr, TILE: tl.constexpr):
+    """Grid (M/128, C/128), a tile a program. Reads MC, writes MC bytes, as the direct transpose."""
+    i = tl.program_id(0)
+    j = tl.program_id(1)
+    if tile_expert is not None:
+        if tl.load(tile_expert + i) < 0:
+            return
+    r = i * TILE + tl.arange(0, TILE)
+    c = j * TILE + tl.arange(0, TILE)
+    s = tl.load(scale + j.to(tl.int64) * M + r)
+    codes = tl.load(data + r[:, None].to(tl.int64) * C + c[None, :])
+    x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * s[:, None]
+    s, factor = _scale_of(_amax_bits(x, 0), POW2)
+    codes = _encode(x * factor[None, :])
+    tl.store(out + c[:, None].to(tl.int64) * M + r[None, :], tl.trans(codes))
+    tl.store(out_scale + i.to(tl.int64) * C + c, s)
+
+
+def requantize(q: QTensor, scales: str = "pow2", tile_expert: Tensor | None = None) -> QTensor:
+    """Row-wise FP8 [M, C] -> column-wise FP8 [C, M] in one launch: dequantize, take the amax along
+    the other axis, quantize, store transposed. It moves as few bytes as the direct transpose, and
+    still rounds twice.
+
+    M and C are multiples of 128; q has 1x128 blocks of either policy -> 1x128 blocks,
+    scale [M/128, C]. With powers of two the codes are those of naive's three launches; with fp32
+    scales those round once more, to bf16 between the casts.
+    tile_expert [M/128] int32: skip tiles marked -1; what they hold stays undefined.
+    """
+    check_choice("scales", scales, SCALES)
+    check_q("q", q, BLOCKS, BLOCKS)
+    M, C = q.data.shape
+    _check_tiles(tile_expert, M, q.data)
+    if not use_kernels(q.data):
+        return requantize_ref(q, scales)
+    out = _empty_q(q.scale, C, M, scales)
+    _requantize_kernel[M // BLOCK, C // BLOCK](
+        _bytes(q.data.contiguous()), q.scale.contiguous(), _contiguous(tile_expert),
+        _bytes(out.data), out.scale, M, C, POW2=scales == "pow2", TILE=BLOCK, num_warps=4)
+    return out
+
+
 # ---- SwiGLU: a = silu(gate) * up * prob, h = [gate | up], prob the router's weight of a slot -----
 
 def swiglu_ref(h: Tensor, prob: Tensor) -> Tensor:

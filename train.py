@@ -69,8 +69,9 @@ PRESETS = {
         batch=16, accumulate=2, steps=700, lr=5e-4, val_every=175, val_batches=64),
 }
 # --ablate trains these: from naive to flow a switch at a time, and from flow one step back.
-LADDER = ["bf16", "naive", "naive,scales=pow2", "naive,transpose=direct,scales=pow2",
-          "flow,permute=unfused", "flow", "flow,transpose=requant"]
+LADDER = ["bf16", "naive", "naive,transpose=fused", "naive,transpose=fused,scales=pow2",
+          "naive,transpose=direct,scales=pow2", "flow,permute=unfused", "flow",
+          "flow,transpose=unfused"]
 BALANCE = 0.1               # weight of the load-balancing loss: runs are short, it must act early
 CLIP = 1.0                  # largest gradient norm
 WARMUP = 0.1                # the learning rate rises in this share of the steps

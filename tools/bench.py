@@ -66,7 +66,8 @@ def name_of(size: Size) -> str:
 
 # ---- the clock -----------------------------------------------------------------------------------
 
-KINDS = {"GEMM": ("gemm", "cutlass", "Gemm"), "transpose": ("transpose",), "SwiGLU": ("swiglu",),
+KINDS = {"GEMM": ("gemm", "cutlass", "Gemm"), "transpose": ("transpose", "requantize"),
+         "SwiGLU": ("swiglu",),
          "cast": ("quantize",), "permute": ("gather_rows", "sum_rows")}    # parts of kernels' names
 SHARES = (*KINDS, "other")
 
@@ -309,15 +310,20 @@ def bench_transpose(bench: Bench, size: Size) -> None:
     q = kernels.quantize(x)
     permuted = kernels.gather_rows(q, rows)
 
-    def requantizing():
+    def three_launches():
         wide = kernels.dequantize(permuted, torch.bfloat16)
         return kernels.quantize(kernels.transpose(wide))
+
+    def requantizing():
+        return kernels.requantize(permuted)
 
     def apart():
         return kernels.scaling_aware_transpose(kernels.gather_rows(q, rows))
 
     bench.line("scaling-aware transpose", lambda: kernels.scaling_aware_transpose(permuted),
-               2 * len(rows) * size.D, over="requantizing", baseline=requantizing)
+               2 * len(rows) * size.D, over="three launches", baseline=three_launches)
+    bench.line("requantizing transpose", requantizing, 2 * len(rows) * size.D,
+               over="three launches", baseline=three_launches)
     bench.line("  with the permute inside", lambda: kernels.scaling_aware_transpose(q, rows),
                (size.T + len(rows)) * size.D, over="apart", baseline=apart)
 
@@ -415,7 +421,7 @@ def bench_kernels(bench: Bench, names: list[str]) -> None:
 
 # ---- bench layer ---------------------------------------------------------------------------------
 
-SPECS = tuple(dict.fromkeys([*LADDER, "flow,swiglu=unfused"]))
+SPECS = tuple(dict.fromkeys([*LADDER, "flow,transpose=fused", "flow,swiglu=unfused"]))
 RESULTS = ("y", "dx", "dprobs", "dw1", "dw2")           # of Layer.step()
 LAYER_COLUMNS = ["size", *Size._fields, "routing", "weights", "spec", "method", "ms", "speedup",
                  "held_mb", *(f"sqnr_{name}" for name in RESULTS),

@@ -42,7 +42,8 @@ def check_plain_swiglu(module) -> None:
     name = type(module).__name__
     remedy = "use another experts implementation"
     activation = type(module.act_fn).__name__
-    if not module.has_gate or type(module)._apply_gate is not moe._default_apply_gate:
+    plain_gate = type(module)._apply_gate is moe._default_apply_gate
+    if not has(module, "has_gate", default=True) or not plain_gate:
         raise ValueError(f"{name} has a gate of its own (_apply_gate), not SwiGLU: {remedy}")
     if activation not in ("SiLU", "SiLUActivation"):
         raise ValueError(f"{name} has the activation {activation}, not SiLU: {remedy}")

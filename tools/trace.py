@@ -23,7 +23,8 @@ from kernels import BLOCK, FP8, QTensor
 from tools.bench import LAYERS, Size
 
 # Every function of `kernels` that is one launch. torch's grouped GEMM is recorded, too.
-WRAPPERS = ("quantize", "dequantize", "quantize_weight", "transpose", "scaling_aware_transpose",
+WRAPPERS = ("quantize", "dequantize", "quantize_weight", "transpose", "requantize",
+            "scaling_aware_transpose",
             "swiglu", "swiglu_quantize", "swiglu_backward", "swiglu_backward_quantize",
             "gather_rows", "sum_rows", "grouped_gemm", "grouped_wgrad")
 ON_A_CPU = Size(T=2048, D=512, F=512, E=8, k=2)

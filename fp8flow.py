@@ -62,10 +62,10 @@ from torch.nn.functional import grouped_mm, pad, silu
 
 if __package__:                         # cloned as a package, beside another one called `kernels`
     from . import kernels
-    from .kernels import ANY, BLOCK, BLOCKS, FLOATS, QTensor, check, check_choice
+    from .kernels import ANY, BLOCK, BY_128, FLOATS, QTensor, check, check_choice
 else:
     import kernels
-    from kernels import ANY, BLOCK, BLOCKS, FLOATS, QTensor, check, check_choice
+    from kernels import ANY, BLOCK, BY_128, FLOATS, QTensor, check, check_choice
 
 CHOICES = {
     "transpose": ("direct", "fused", "unfused"),
@@ -475,7 +475,7 @@ def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w1: Tensor, w
     Raises ValueError, without a sync, for anything else; values out of range are seen on a CPU.
     """
     recipe = parse_spec(recipe)
-    check("w2", w2, FLOATS, ANY, BLOCKS, BLOCKS)
+    check("w2", w2, FLOATS, ANY, BY_128, BY_128)
     E, D, F = w2.shape
     check("w1", w1, FLOATS, E, 2 * F, D, like=w2)
     if operands is None:
@@ -510,7 +510,7 @@ class Experts(nn.Module):
         self.recipe = parse_spec(recipe)
         w1 = torch.empty(num_experts, 2 * hidden_dim, dim, device=device, dtype=dtype)
         w2 = torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype)
-        check("w2, [num_experts, dim, hidden_dim],", w2, FLOATS, ANY, BLOCKS, BLOCKS)
+        check("w2, [num_experts, dim, hidden_dim],", w2, FLOATS, ANY, BY_128, BY_128)
         self.w1 = nn.Parameter(w1)
         self.w2 = nn.Parameter(w2)
         self.reset_parameters()

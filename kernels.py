@@ -20,12 +20,17 @@ TRITON_INTERPRET=1) or the twin. Every `op` raises ValueError for a dtype, shape
 layout that the kernel was not written for. What index tensors hold is checked only where the twin
 runs: on a GPU, reading it would make the host wait.
 
+Tokens are sorted by expert and padded, so that each expert has whole tiles of 128 slots. How many
+tiles that makes depends on the routing, which the host must not wait for: tensors are as large as
+it can get, `tile_expert` [M/128] names the expert of each tile, -1 for those at the end that nobody
+uses, and kernels skip these. `ends` [E] says where each expert's slots end.
+
 Reading order: E4M3 and its scales, quantize, scaling_aware_transpose, swiglu_quantize, gather_rows,
 and the grouped GEMM in three levels: grouped_gemm_ref, _grouped_gemm_kernel (the loop),
 _hopper_gemm_kernel (the loop without waiting). Which kernel runs where, and the checks, come last.
 
 Shapes: R rows, C columns of any matrix; T tokens, M padded token slots, F expert width, E experts;
-a GEMM is [M, K] times [N, K]^T.
+a GEMM is [M, K] times [N, K]^T (in wgrad M and N are widths, and K is the slots).
 """
 import functools
 import itertools
@@ -53,6 +58,9 @@ FP8 = torch.float8_e4m3fn
 E4M3_MAX = 448.0                # 1.75 * 2^8
 SCALE_MIN = 2.0 ** -126         # the smallest normal fp32
 SCALES = ("pow2", "fp32")       # the smallest power of two >= amax/448, or amax/448 itself
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+ANY = "any"                     # For `check`, below: what the length of an axis may be,
+BY_128 = "a multiple of 128"    # besides a number.
 
 # An all-zero block gets SCALE_MIN, so that it never sets the scale that a tile shares.
 # An fp32 number is a sign, 8 bits of exponent + 127, and 23 bits of mantissa.
@@ -72,8 +80,9 @@ class QTensor(NamedTuple):
     """An FP8 tensor.
 
     data    [..., R, C] float8_e4m3fn codes.
-    scale   [..., C/128, R/r] fp32: one for every r x 128 codes, the reduction axis first, so that a
-            step of a GEMM reads a row.  r = 1: 1x128 blocks.  r = 128: 128x128 tiles.
+    scale   [..., C/128, R/r] fp32: one for every r x 128 codes, in the other order than data, so
+            that a step of a GEMM reads a row.  r = 1: 1x128 blocks.  r = 128: 128x128 tiles.
+            For data [256, 512]: [4, 256] or [4, 2].
     policy  "pow2" or "fp32": how the scales were chosen. Only "pow2" can be shifted.
     """
     data: Tensor
@@ -98,11 +107,11 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
     finite = amax.isfinite()
     if scales == "pow2":
         bits = amax.view(torch.int32)
-        above_448 = ((bits & MANTISSA_BITS) > MANTISSA_OF_448).int()
-        exponent = (bits >> 23) - 8 + above_448                     # biased by 127, as it is stored
+        rounds_up = ((bits & MANTISSA_BITS) > MANTISSA_OF_448).int()
+        exponent = (bits >> 23) - 8 + rounds_up                     # as it is stored: plus 127
         exponent = torch.where(finite, exponent, 1).clamp(min=1)    # 1 stands for 2^-126
         scale = (exponent << 23).view(torch.float32)
-        factor = ((2 * 127 - exponent) << 23).view(torch.float32)   # the exponent negated
+        factor = ((2 * 127 - exponent) << 23).view(torch.float32)   # e + 127 becomes -e + 127
     else:
         # CUDA divides by a Python number through its inverse, which is off by an ulp.
         scale = amax / torch.full_like(amax, E4M3_MAX)
@@ -116,14 +125,14 @@ def _scale_of(amax_bits, POW2: tl.constexpr):
     """scale_of on the bits of amax >= 0 (int32): ordered as the floats are, Inf and NaN on top."""
     finite = amax_bits < _INF_BITS
     if POW2:
-        above_448 = ((amax_bits & _MANTISSA_BITS) > _MANTISSA_OF_448).to(tl.int32)
-        exponent = (amax_bits >> 23) - 8 + above_448
+        rounds_up = ((amax_bits & _MANTISSA_BITS) > _MANTISSA_OF_448).to(tl.int32)
+        exponent = (amax_bits >> 23) - 8 + rounds_up
         exponent = tl.maximum(tl.where(finite, exponent, 1), 1)
         scale = (exponent << 23).to(tl.float32, bitcast=True)
         factor = ((2 * 127 - exponent) << 23).to(tl.float32, bitcast=True)
     else:
         amax = amax_bits.to(tl.float32, bitcast=True)
-        scale = tl.where(finite, tl.div_rn(amax, _E4M3_MAX), 0.0)
+        scale = tl.where(finite, tl.div_rn(amax, _E4M3_MAX), _SCALE_MIN)
         scale = tl.maximum(scale, _SCALE_MIN)
         factor = tl.div_rn(1.0, scale)
     return scale, tl.where(finite, factor, float("nan"))
@@ -140,15 +149,6 @@ def _amax_bits(x, axis: tl.constexpr):
 def _encode(x):
     """fp32 or fp16 -> the byte of the nearest E4M3 code, ties to even."""
     return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-
-
-@triton.jit
-def _quantize_blocks(x, POW2: tl.constexpr, TILE: tl.constexpr):
-    """x [R, C] fp32 -> codes [R, C], scale [R, C/TILE]."""
-    blocks = tl.reshape(x, (x.shape[0], x.shape[1] // TILE, TILE))
-    scale, factor = _scale_of(_amax_bits(blocks, 2), POW2)
-    codes = _encode(blocks * factor[:, :, None])
-    return tl.reshape(codes, x.shape), scale
 
 
 # ---- quantize, dequantize ------------------------------------------------------------------------
@@ -196,11 +196,11 @@ def quantize(x: Tensor, scales: str = "pow2", tile_expert: Tensor | None = None,
 
     x [R, C] bf16, fp16 or fp32, C a multiple of 128; scales "pow2" | "fp32" -> QTensor [R, C],
     scale [C/128, R]. A block that holds NaN or Inf dequantizes to NaN.
-    tile_expert int32, one for every 128 rows (tile_axis 0) or columns (1): where it is -1 nobody
-    reads, and the result is left undefined.
+    tile_expert int32, one for every 128 rows (tile_axis 0) or columns (1), if those are slots:
+    tiles marked -1 are skipped, and stay undefined.
     """
     check_choice("scales", scales, SCALES)
-    check("x", x, FLOATS, ANY, BLOCKS)
+    check("x", x, FLOATS, ANY, BY_128)
     check_choice("tile_axis", tile_axis, (0, 1))
     _check_tiles(tile_expert, x.shape[tile_axis], x)
     if not use_kernels(x):
@@ -264,7 +264,7 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32,
     Weights [E, R, C] go to the twin. tile_expert [R/128] int32: tiles marked -1 stay undefined.
     """
     check_choice("dtype", dtype, FLOATS)
-    check_q("q", q, ..., ANY, BLOCKS, rows_per_scale=(1, BLOCK))
+    check_q("q", q, ..., ANY, BY_128, rows_per_scale=(1, BLOCK))
     _check_tiles(tile_expert, q.data.shape[-2], q.data)
     if not use_kernels(q.data) or q.data.ndim != 2:
         return dequantize_ref(q, dtype)
@@ -291,10 +291,11 @@ def quantize_weight_ref(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTens
 
 @triton.jit
 def _encode_again(x, factor):
-    """_encode(x * factor) once more, by another route (halving and doubling are exact).
+    """The codes of _encode(x * factor), computed a second time: halving and doubling are exact, and
+    hide from the compiler that it is the same.
 
-    Where a row-major and a transposed store share one conversion, ptxas 12.9 corrupts the
-    transposed one (github.com/triton-lang/triton/issues/11111).
+    W and W^T could be stored from one conversion to FP8, but ptxas 12.9 then corrupts the
+    transposed store (github.com/triton-lang/triton/issues/11111).
     """
     return _encode(x * (factor * 0.5) * 2.0)
 
@@ -329,7 +330,7 @@ def quantize_weight(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTensor]:
     N and K are multiples of 128; scales in 128x128 blocks, [E, K/128, N/128], [E, N/128, K/128].
     """
     check_choice("scales", scales, SCALES)
-    check("w", w, FLOATS, ANY, BLOCKS, BLOCKS)
+    check("w", w, FLOATS, ANY, BY_128, BY_128)
     if not use_kernels(w):
         return quantize_weight_ref(w, scales)
     w = w.contiguous()
@@ -351,7 +352,8 @@ def _empty_weight(w: Tensor, rows: int, columns: int, scales: str) -> QTensor:
 # ---- row-wise FP8 -> column-wise FP8 -------------------------------------------------------------
 
 def scaling_aware_transpose_ref(q: QTensor, rows: Tensor | None = None) -> QTensor:
-    """In each tile, S is the largest of 128 scales: a code of row r times s_r / S, transposed."""
+    """In each tile the largest of the 128 row scales becomes the scale of all: each code is
+    multiplied by its row's scale over that one, rounded, and stored transposed."""
     if rows is not None:
         q = gather_rows_ref(q, rows)
     M, C = q.data.shape
@@ -361,8 +363,9 @@ def scaling_aware_transpose_ref(q: QTensor, rows: Tensor | None = None) -> QTens
         r = slice(i * BLOCK, (i + 1) * BLOCK)
         c = slice(j * BLOCK, (j + 1) * BLOCK)
         s = q.scale[j, r]
-        scale[i, j] = s.max()
-        data[c, r] = _to_fp8(q.data[r, c].float() * (s / s.max())[:, None]).t()
+        top = s.max()
+        scale[i, j] = top
+        data[c, r] = _to_fp8(q.data[r, c].float() * (s / top)[:, None]).t()
     return QTensor(data, scale, q.policy)
 
 
@@ -391,7 +394,8 @@ def _scaling_aware_transpose_kernel(
     top = tl.max(s, 0)
     # Both are powers of two: the difference of their exponents is k = log2(top / s) >= 0.
     k = (top.to(tl.int32, bitcast=True) - s.to(tl.int32, bitcast=True)) >> 23
-    # fp16 holds every code, and 2^-k for as long as it leaves anything of one: k = 18 is the last.
+    # In fp16, which holds every code, and 2^-k down to k = 24. From k = 19 on even 448 * 2^-k
+    # rounds to zero in E4M3, and so does all that fp16 itself cannot hold exactly.
     shift = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True).to(tl.float16)
     values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     codes = _encode(values * shift[:, None])
@@ -405,21 +409,23 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None,
     (section 3.1).
 
     In each 128x128 tile the largest row scale S becomes the tile's scale, and the codes of a row
-    with scale s move down by k = log2(S/s) binades: exact while they stay normal, nearest-even
-    below 2^-6, NaN and -0 kept.
+    with scale s move down by k = log2(S/s) powers of two: exact while they stay normal,
+    nearest-even below 2^-6, NaN and -0 kept. The largest, so that no code passes 448. One for the
+    tile: a block of the transposed tensor is the 128 rows of one column, and which scale they agree
+    on does not depend on the column.
     rows [M] int64: transpose q[rows] instead, -1 for a zero row (q is then [T, C]).
     tile_expert [M/128] int32: skip tiles marked -1; what they hold stays undefined.
     M and C are multiples of 128 -> scale [M/128, C/128].
     Refuses fp32 scales: their ratios are no powers of two.
     """
-    check_q("q", q, BLOCKS if rows is None else ANY, BLOCKS)
+    check_q("q", q, BY_128 if rows is None else ANY, BY_128)
     if q.policy != "pow2":
         raise ValueError(f"q.policy={q.policy!r} cannot be shifted: the direct transpose moves "
                          "exponents, quantize with scales='pow2'")
     T, C = q.data.shape
     M = T
     if rows is not None:
-        check("rows", rows, (torch.int64,), BLOCKS, like=q.data)
+        check("rows", rows, (torch.int64,), BY_128, like=q.data)
         M = len(rows)
     _check_tiles(tile_expert, M, q.data)
     if not use_kernels(q.data):
@@ -450,12 +456,13 @@ def _transpose_kernel(
 
 
 def transpose(x: Tensor, tile_expert: Tensor | None = None) -> Tensor:
-    """[R, C] -> [C, R] contiguous, R and C multiples of 128: the middle launch of naive's three.
+    """[R, C] -> [C, R] contiguous, R and C multiples of 128: the middle one of naive's three
+    launches, dequantize, transpose, quantize.
 
     A kernel of its own, because PyTorch's copy runs at a fraction of the bandwidth.
     tile_expert [R/128] int32: tiles of rows marked -1 stay undefined.
     """
-    check("x", x, FLOATS, BLOCKS, BLOCKS)
+    check("x", x, FLOATS, BY_128, BY_128)
     _check_tiles(tile_expert, len(x), x)
     if not use_kernels(x):
         return x.t().contiguous()
@@ -505,7 +512,7 @@ def requantize(q: QTensor, scales: str = "pow2", tile_expert: Tensor | None = No
     tile_expert [M/128] int32: skip tiles marked -1; what they hold stays undefined.
     """
     check_choice("scales", scales, SCALES)
-    check_q("q", q, BLOCKS, BLOCKS)
+    check_q("q", q, BY_128, BY_128)
     M, C = q.data.shape
     _check_tiles(tile_expert, M, q.data)
     if not use_kernels(q.data):
@@ -544,6 +551,15 @@ def swiglu_backward_quantize_ref(da: Tensor, h: Tensor, prob: Tensor, scales: st
 
 
 @triton.jit
+def _quantize_blocks(x, POW2: tl.constexpr, TILE: tl.constexpr):
+    """A part of a kernel: x [R, C] fp32 in registers -> codes [R, C], scale [R, C/TILE]."""
+    blocks = tl.reshape(x, (x.shape[0], x.shape[1] // TILE, TILE))
+    scale, factor = _scale_of(_amax_bits(blocks, 2), POW2)
+    codes = _encode(blocks * factor[:, :, None])
+    return tl.reshape(codes, x.shape), scale
+
+
+@triton.jit
 def _swiglu_kernel(
         h, prob, tile_expert,               # [M, 2F] bf16, [M] fp32, [M/128] int32 or None
         a, scale,                           # [M, F] uint8 and [F/128, M] fp32, or bf16 and None
@@ -562,7 +578,7 @@ def _swiglu_kernel(
     p = tl.load(prob + r, mask=r < M, other=0.0)
     y = gate * tl.sigmoid(gate) * up * p[:, None]
     if scale is not None:
-        y, s = _quantize_blocks(y, POW2, TILE)
+        y, s = _quantize_blocks(y, POW2, TILE)              # y is codes from here on.
         block = tl.program_id(1) * (C_TILE // TILE) + tl.arange(0, C_TILE // TILE)
         tl.store(scale + block[None, :].to(tl.int64) * M + r[:, None], s, mask=live)
     tl.store(a + r[:, None] * F + c[None, :], y.to(a.dtype.element_ty), mask=live)
@@ -613,7 +629,7 @@ def _swiglu_backward_kernel(
 
 def _check_swiglu(h: Tensor, prob: Tensor, tile_expert: Tensor | None, scales: str = "pow2"):
     check_choice("scales", scales, SCALES)
-    check("h", h, FLOATS, ANY, BLOCKS)
+    check("h", h, FLOATS, ANY, BY_128)
     if h.shape[1] % (2 * BLOCK):
         raise ValueError(f"h has shape {list(h.shape)}: gate and up must each be a multiple of "
                          f"{BLOCK} wide, pad both")
@@ -622,12 +638,14 @@ def _check_swiglu(h: Tensor, prob: Tensor, tile_expert: Tensor | None, scales: s
 
 
 def _swiglu_tile(F: int) -> tuple[int, int]:
-    """Rows and columns of a program: 2048 outputs, 16 a thread, and columns that divide F."""
+    """Rows and columns of a program's tile: 2048 outputs, 16 for each thread of 4 warps, and
+    columns that divide F."""
     columns = math.gcd(F, 2048)
     return 2048 // columns, columns
 
 
-def _launch_swiglu(h, prob, tile_expert, a, scale, scales: str) -> None:
+def _launch_swiglu(h, prob, tile_expert, a, scale=None, scales: str = "pow2") -> None:
+    """Without a scale nothing is quantized."""
     M = len(h)
     F = h.shape[1] // 2
     r_tile, c_tile = _swiglu_tile(F)
@@ -636,8 +654,9 @@ def _launch_swiglu(h, prob, tile_expert, a, scale, scales: str) -> None:
         POW2=scales == "pow2", R_TILE=r_tile, C_TILE=c_tile, TILE=BLOCK, num_warps=4)
 
 
-def _launch_swiglu_backward(da, h, prob, tile_expert, dh, dh_scale, dprob, a, a_scale,
-                            scales: str) -> None:
+def _launch_swiglu_backward(da, h, prob, tile_expert, dprob, dh, dh_scale=None, a=None,
+                            a_scale=None, scales: str = "pow2") -> None:
+    """Without scales nothing is quantized, and A is not made."""
     M, F = da.shape
     r_tile, c_tile = _swiglu_tile(F)
     _swiglu_backward_kernel[(triton.cdiv(M, r_tile),)](
@@ -656,7 +675,7 @@ def swiglu(h: Tensor, prob: Tensor, tile_expert: Tensor | None = None) -> Tensor
     if not use_kernels(h):
         return swiglu_ref(h, prob)
     a = h.new_empty(len(h), h.shape[1] // 2)
-    _launch_swiglu(h, prob, tile_expert, a, None, "pow2")
+    _launch_swiglu(h, prob, tile_expert, a)
     return a
 
 
@@ -681,7 +700,7 @@ def swiglu_backward(da: Tensor, h: Tensor, prob: Tensor,
         return swiglu_backward_ref(da, h, prob)
     dh = h.new_empty(h.shape)
     dprob = prob.new_empty(len(h))
-    _launch_swiglu_backward(da, h, prob, tile_expert, dh, None, dprob, None, None, "pow2")
+    _launch_swiglu_backward(da, h, prob, tile_expert, dprob, dh)
     return dh, dprob
 
 
@@ -699,7 +718,7 @@ def swiglu_backward_quantize(
     dh = _empty_q(h, M, 2 * F, scales)
     a = _empty_q(h, M, F, scales)
     dprob = prob.new_empty(M)
-    _launch_swiglu_backward(da, h, prob, tile_expert, _bytes(dh.data), dh.scale, dprob,
+    _launch_swiglu_backward(da, h, prob, tile_expert, dprob, _bytes(dh.data), dh.scale,
                             _bytes(a.data), a.scale, scales)
     return dh, dprob, a
 
@@ -707,7 +726,7 @@ def swiglu_backward_quantize(
 # ---- permute + pad is one gather of rows; unpermute + unpad is one gather and sum ----------------
 
 def gather_rows_ref(x, rows: Tensor):
-    live = rows >= 0
+    live = rows >= 0                    # An index of -1 reads the last row, which is not used then.
     if isinstance(x, QTensor):
         data = gather_rows_ref(_bytes(x.data), rows).view(FP8)
         scale = torch.where(live, x.scale[:, rows], SCALE_MIN)
@@ -747,11 +766,11 @@ def gather_rows(x, rows: Tensor, tile_expert: Tensor | None = None):
     tile_expert [M/128] int32: skip tiles marked -1; no kernel reads their rows.
     """
     if isinstance(x, QTensor):
-        check_q("x", x, ANY, BLOCKS)
+        check_q("x", x, ANY, BY_128)
         data = _bytes(x.data.contiguous())
         scale = x.scale.contiguous()
     else:
-        check("x", x, FLOATS, ANY, BLOCKS)
+        check("x", x, FLOATS, ANY, BY_128)
         data = x.contiguous()
         scale = None
     check("rows", rows, (torch.int64,), ANY, like=data)
@@ -798,7 +817,7 @@ def sum_rows(x: Tensor, slots: Tensor) -> Tensor:
     x [M, C] bf16, C a multiple of 128; slots [T, k] int64, each in [0, M) -> [T, C] bf16.
     No atomics: a token owns its sum.
     """
-    check("x", x, FLOATS, ANY, BLOCKS)
+    check("x", x, FLOATS, ANY, BY_128)
     check("slots", slots, (torch.int64,), ANY, ANY, like=x)
     if not use_kernels(x):
         check_values("slots", slots, 0, len(x))
@@ -843,10 +862,14 @@ def grouped_wgrad_ref(a: QTensor, b: QTensor, ends: Tensor,
 
 @triton.jit
 def _grouped_gemm_kernel(
-        a, b,                               # [M, K], [E, N, K]; wgrad: [M, K], [N, K]
-        out,                                # [M, N]; wgrad: [E, M, N]
-        a_scale, b_scale,                   # [K/128, M/A_PER], [E, K/128, N/B_PER]; wgrad: no E
-        tile_expert, ends,                  # [M/128] int32 (wgrad: None), [E] int32
+        #              fprop and dgrad      wgrad
+        a,           # [M, K] uint8         [M, K]
+        b,           # [E, N, K] uint8      [N, K]
+        out,         # [M, N]               [E, M, N]
+        a_scale,     # [K/128, M/A_PER]     [K/128, M/A_PER]
+        b_scale,     # [E, K/128, N/B_PER]  [K/128, N/B_PER]
+        tile_expert, # [M/128] int32        None
+        ends,        # [E] int32            [E] int32
         M, N, K,
         WGRAD: tl.constexpr, A_PER: tl.constexpr, B_PER: tl.constexpr, TILE: tl.constexpr):
     """Grid (M/128, N/128), wgrad (M/128, N/128, E): a program sums one tile, 128 products of K at
@@ -898,8 +921,8 @@ def _grouped_gemm_kernel(
 #     loader     one warp. Asks the copy engine (TMA) for the tiles of the next K-steps, into a ring
 #                of stages in shared memory, as soon as a stage is free.
 #     consumers  two groups of four warps. Each owns 64 of the tile's 128 rows: it starts a product,
-#                waits for it, and promotes it. They do not wait for each other (but one can be no
-#                more than the ring ahead): while one promotes, the tensor core works for the other.
+#                waits for it, and promotes it. Neither waits for the other: while one promotes, the
+#                tensor core works for the other.
 #
 # In time, from left to right, where L and R are the left and the right half of a tile's columns:
 #
@@ -908,47 +931,51 @@ def _grouped_gemm_kernel(
 #     tensor core    for 0       for 1       for 0       for 1       for 0       for 1
 #     loader         copies the tiles of later K-steps, whenever a stage is free
 #
-# The loop of level 2 cannot be filled like that from outside. More stages would only bring tiles
-# earlier, and it does not wait for tiles. More programs on a multiprocessor would each need a sum
-# and a partial sum of 128 x 128 in registers, 128 KB of the 256 KB that there are.
+# Why does the loop of level 2 leave gaps? More stages would not close them: they bring tiles
+# earlier, and the loop does not wait for tiles. More programs on a multiprocessor would, but each
+# needs a sum and a partial sum of 128 x 128 in registers. That is 128 KB of 256 KB, and with some
+# registers for addresses only one program fits.
 #
 # The roles meet at `mbarrier`s, counters in shared memory. The loader waits until a stage is
 # `empty` (both consumers are done with it), a consumer until it is `full` (its bytes have arrived).
-# A barrier completes one phase after the other, and remembers only whether the last one was even or
-# odd. Both sides count K-steps alike, i = 0, 1, 2, ..., so they agree on which phase is meant. With
-# four stages:
+# A barrier goes through phases. One is complete when as many have arrived as the barrier was made
+# for, and all bytes that were announced; then the next begins. `mbarrier.wait(barrier, p)` passes
+# when the last complete phase has parity p: a barrier remembers no more than even or odd, and a new
+# one stands as if it had just completed an odd phase. Loader and consumers count K-steps alike,
+# i = 0, 1, 2, ..., so they mean the same phase. With four stages:
 #
-#     K-step i    stage i % 4    use i // 4    its phase is
-#     0 .. 3      0 .. 3         0             even
-#     4 .. 7      0 .. 3         1             odd
-#     8 .. 11     0 .. 3         2             even
-#
-# A consumer waits for the phase of this use, the loader for the end of the use before it. Before
-# the first use there was none: a new barrier passes for one that has just completed an odd phase.
+#     K-step i    stage i % 4    use i // 4    a consumer waits for    the loader waits for
+#     0 .. 3      0 .. 3         0             full, phase 0: even     nothing: odd, as if complete
+#     4 .. 7      0 .. 3         1             full, phase 1: odd      empty, phase 0: even
+#     8 .. 11     0 .. 3         2             full, phase 2: even     empty, phase 1: odd
 #
 # The tile is 128 x 256: wider tiles read fewer bytes for a product, and L2 is the next limit. A
-# consumer's 64 x 256 are two accumulators of 64 x 128, `left` and `right`: 128 registers a thread,
-# which leave room for the partial sum of one half (64 more), not of both. So the halves take turns,
-# and each half of b has a `full` barrier of its own. Scales of rows and of tiles are a few
-# registers, loaded a K-step ahead. Where b has one scale a column (wgrad of the requantizing
-# transpose), they would be 64 more: the loader copies them into the stage, beside the tiles.
+# consumer's 64 rows are two accumulators of 64 x 128, the `left` and the `right` half of the
+# columns: 128 registers a thread, which leave room for the partial sum of one half (64 more), not
+# of both. So the halves take turns, and each half of b has a `full` barrier of its own. Scales of
+# rows and of tiles are a few registers, loaded a K-step ahead. Where b has one scale a column
+# (wgrad of the requantizing transposes), a thread would need 64 more, those of its columns: the
+# loader copies them into the stage, beside the tiles.
 #
 # What a multiprocessor has, and where it goes:
 #
-#     registers        65,536       2 consumers x 128 threads x 232, and 128 x 40 for the loader,
-#                                   whose one warp counts as four: 64,512
+#     registers        65,536       12 warps start with 168 a thread: 64,512. The loader's warp,
+#                                   which counts as four, gives back all but 40, and the consumers
+#                                   get 232: 2 x 128 x 232 + 128 x 40 = 64,512
 #     shared memory    227 KB       4 stages x (128 + 256) rows x 128 bytes: 192 KB,
 #                                   and 32 KB of buffers for stores
 
-_HALF = gl.constexpr(BLOCK // 2)        # rows of a consumer
-_TILE = gl.constexpr(BLOCK)             # rows of a tile, columns of a half, elements of a K-step
+_ROWS = gl.constexpr(BLOCK // 2)        # rows of a consumer
+_TILE = gl.constexpr(BLOCK)             # rows of a tile, columns of its half, elements of a K-step
 _WIDE = gl.constexpr(2 * BLOCK)         # columns of a tile
 _BAND = gl.constexpr(4)                 # rows of tiles that are worked on at the same time
 
-CONSUMER_REGISTERS = 232                # a thread
+LAUNCH_REGISTERS = 168                  # a thread: 12 warps x 32 x 168 = 64,512
+CONSUMER_REGISTERS = 232                # 2 x 128 x 232 + 128 x 40 = 64,512
 LOADER_REGISTERS = 40
-LAUNCH_REGISTERS = 168                  # 12 warps x 32 x 168 = 2 x 128 x 232 + 128 x 40 = 64,512
-_WORKER_WARPS = gl.constexpr([4, 1])    # of the second consumer and of the loader
+# Of the second consumer and of the loader. The first consumer is the warps of the launch
+# (num_warps=4), and gets what is left.
+_WORKER_WARPS = gl.constexpr([4, 1])
 _WORKER_REGISTERS = gl.constexpr([CONSUMER_REGISTERS, LOADER_REGISTERS])
 
 # Triton 3.8 renamed these three.
@@ -962,8 +989,13 @@ def _locate(tile, problem, WGRAD: gl.constexpr):
     """Where the tile'th tile of out lies: its first row in a, its first column, its expert, and
     its K-steps, begin to end.
 
-    Tiles are counted in bands of four rows: programs that run at the same time share operands in
-    L2.
+    Tiles are counted down four rows of tiles, then on to the next column, so that programs that run
+    at the same time share operands in L2:
+
+        0  4   8        Rows of tiles that nobody uses come last, and are not counted: no expert
+        1  5   9        is -1 here.
+        2  6  10
+        3  7  11
     """
     tile_expert, ends, M, N, K, m_tiles, n_tiles = problem
     if WGRAD:
@@ -1003,17 +1035,18 @@ def _loader(a, b, b_scale, ring, problem, tiles,
             phase = use % 2
             left_full = full.index(2 * stage)
             right_full = full.index(2 * stage + 1)
-            mbarrier.wait(empty.index(stage), 1 - phase)        # until the use before is over
+            mbarrier.wait(empty.index(stage), 1 - phase)        # The use before this is over.
             if B_PER == 1:
                 # Four neighbours (16 bytes) a thread, 32 threads, one warp, along the only axis.
                 lanes: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
                 column = col + gl.arange(0, _WIDE, layout=lanes)
                 # Columns past N are never stored: any place that exists will do.
                 _copy(scale_ring.index(stage), b_scale + k * N + gl.minimum(column, N - 1))
-                # This arrival is the one that fills the barrier, when the scales are there.
+                # Each thread adds an arrival to those that the phase needs, and makes it when its
+                # scales are there.
                 async_copy.mbarrier_arrive(left_full)
-            # Full means: this many bytes have arrived. b's rows past N are those of the next
-            # expert, or zeros, and their products are never stored.
+            # The loader's arrival, which announces bytes: with them the phase is complete. Rows of
+            # b past N are those of the next expert, or zeros; their products are not stored.
             mbarrier.expect(left_full, 2 * _TILE * _TILE)
             _tma_load(a, [row, k * _TILE], left_full, a_ring.index(stage))
             _tma_load(b, [b_row, k * _TILE], left_full, b_ring.index(stage).slice(0, _TILE))
@@ -1025,19 +1058,20 @@ def _loader(a, b, b_scale, ring, problem, tiles,
 
 @gluon.jit
 def _pin(x):
-    """x, computed where it is written and not later.
+    """x, and the compiler may not compute it later than here.
 
-    The compiler sees an instruction with unknown effects that needs x (an empty one), so it can
-    neither move what makes x behind it nor see through it. In the program that runs nothing is
-    left of it.
+    It sees an instruction that needs x and has unknown effects, so it keeps what makes x before
+    that, and what uses x behind it. The instruction is empty: in the program that runs nothing is
+    left of it. ("=f,0": the result is an fp32 register, the same as the input's.)
     """
     return gl.inline_asm_elementwise("", "=f,0", [x], dtype=gl.float32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _product(a, b, SUM: gl.constexpr):
-    """a [64, 128] times b [128, 128]^T on the tensor core, fp32 in layout SUM."""
-    zero = gl.zeros([_HALF, _TILE], gl.float32, SUM)
+    """a [64, 128] times b [128, 128]^T on the tensor core, fp32 in layout SUM. To wait for it at
+    once costs nothing: meanwhile the other consumer promotes."""
+    zero = gl.zeros([_ROWS, _TILE], gl.float32, SUM)
     partial = hopper.warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
     return hopper.warpgroup_mma_wait(0, deps=[partial])
 
@@ -1051,7 +1085,7 @@ def _outer(a_scale, b_scale, SUM: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(half: gl.constexpr, a_scale, b_scale, out, buffers, ring, problem, tiles,
+def _consumer(consumer: gl.constexpr, a_scale, b_scale, out, buffers, ring, problem, tiles,
               PROGRAMS: gl.constexpr, WGRAD: gl.constexpr,
               A_PER: gl.constexpr, B_PER: gl.constexpr):
     a_ring, b_ring, scale_ring, full, empty = ring
@@ -1060,26 +1094,28 @@ def _consumer(half: gl.constexpr, a_scale, b_scale, out, buffers, ring, problem,
     # How the tensor core returns its sums: wgmma (version 3.0), its four warps below each other,
     # in instructions of 16 rows (a warp) x 128 columns x 32 products (FP8).
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    r = half * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(1, SUM))
+    r = consumer * _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, SUM))
     a_scales = M // A_PER                       # scales of a in one K-step
     b_scales = N // B_PER
     i = 0                                       # K-steps so far, of all tiles
     for tile in range(gl.program_id(0), tiles, PROGRAMS):
         row, col, expert, begin, end = _locate(tile, problem, WGRAD)
+        # Scales are loaded a K-step ahead. The last step loads its own again, and an expert without
+        # rows, which has no step, those of any that exists.
         last = gl.maximum(end - 1, 0)
-        first = gl.minimum(begin, last)         # An expert without rows: any place that exists.
+        first = gl.minimum(begin, last)
         a_scale_at = a_scale + (row + r) // A_PER
         s_a = gl.load(a_scale_at + first * a_scales)
         if B_PER == _TILE:
             left_at = b_scale + col // _TILE
             if not WGRAD:
                 left_at += expert * (K // _TILE) * b_scales
-            # N may end in the middle of the tile.
+            # The right half has the next scale, unless N ends between the halves.
             right_at = left_at + gl.minimum(1, b_scales - 1 - col // _TILE)
             s_left = gl.load(left_at + first * b_scales)
             s_right = gl.load(right_at + first * b_scales)
-        left = gl.zeros([_HALF, _TILE], gl.float32, SUM)
-        right = gl.zeros([_HALF, _TILE], gl.float32, SUM)
+        left = gl.zeros([_ROWS, _TILE], gl.float32, SUM)
+        right = gl.zeros([_ROWS, _TILE], gl.float32, SUM)
         for k in range(begin, end):
             stage = i % STAGES
             use = i // STAGES
@@ -1097,7 +1133,7 @@ def _consumer(half: gl.constexpr, a_scale, b_scale, out, buffers, ring, problem,
                 by_right = gl.expand_dims(_pin(s_a * s_right), 1)
                 s_left = next_left
                 s_right = next_right
-            x = a_ring.index(stage).slice(half * _HALF, _HALF)
+            x = a_ring.index(stage).slice(consumer * _ROWS, _ROWS)
             partial = _product(x, b_ring.index(stage).slice(0, _TILE), SUM)
             if B_PER == 1:
                 by_left = _outer(s_a, scale_ring.index(stage).slice(0, _TILE), SUM)
@@ -1113,27 +1149,29 @@ def _consumer(half: gl.constexpr, a_scale, b_scale, out, buffers, ring, problem,
             right = _pin(right + partial * by_right)
             s_a = next_a
             i += 1
-        out_row = row + half * _HALF
+        out_row = row + consumer * _ROWS
         if WGRAD:
             out_row += expert * M
-        _store(left, out, out_row, col, half, buffers)
-        _store(right, out, out_row, col + _TILE, half, buffers)     # TMA drops what lies past N.
+        _store(left, out, out_row, col, consumer, buffers)
+        # What lies past column N is dropped by TMA.
+        _store(right, out, out_row, col + _TILE, consumer, buffers)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _store(x, out, row, col, half: gl.constexpr, buffers):
-    """x [64, 128]: in bf16 one box of the copy engine, in fp32 four boxes of 32 columns."""
+def _store(x, out, row, col, consumer: gl.constexpr, buffers):
+    """x [64, 128]: in bf16 one box of the copy engine, in fp32 four boxes of 32 columns (the width
+    that `_hopper_options` gave to the descriptor of out)."""
     if out.block_type.shape[1] == _TILE:
-        _store_box(x, out, row, col, buffers.index(half))
+        _store_box(x, out, row, col, buffers.index(consumer))
     else:
         WIDTH: gl.constexpr = _TILE // 4
         left, right = _halves(x)
         first, second = _halves(left)
         third, fourth = _halves(right)
         # Two buffers take turns: one is filled while the other is read.
-        even = buffers.index(2 * half)
-        odd = buffers.index(2 * half + 1)
+        even = buffers.index(2 * consumer)
+        odd = buffers.index(2 * consumer + 1)
         _store_box(first, out, row, col, even, WAIT=1)
         _store_box(second, out, row, col + WIDTH, odd, WAIT=1)
         _store_box(third, out, row, col + 2 * WIDTH, even, WAIT=1)
@@ -1142,7 +1180,8 @@ def _store(x, out, row, col, half: gl.constexpr, buffers):
 
 @gluon.jit
 def _halves(x):
-    """x [R, C] -> its left and its right half, [R, C/2] each."""
+    """x [R, C] -> its left and its right half, [R, C/2] each. `split` takes the last axis apart, so
+    the two halves must lie along it."""
     return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
 
 
@@ -1167,14 +1206,14 @@ def _hopper_gemm_kernel(
     a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, _TILE, _TILE], a.layout)
     b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, _WIDE, _TILE], b.layout)
     scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, _WIDE], PLAIN)
-    box: gl.constexpr = [BUFFERS, _HALF, out.block_type.shape[1]]
+    box: gl.constexpr = [BUFFERS, _ROWS, out.block_type.shape[1]]
     buffers = gl.allocate_shared_memory(out.dtype, box, out.layout)
     full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(2 * stage), count=1)           # the loader, and then its bytes
+        mbarrier.init(full.index(2 * stage), count=1)           # The loader arrives,
         mbarrier.init(full.index(2 * stage + 1), count=1)
-        mbarrier.init(empty.index(stage), count=2)              # both consumers
+        mbarrier.init(empty.index(stage), count=2)              # and each consumer, once.
     hopper.fence_async_shared()         # The copy engine must see the barriers as they are now.
     n_tiles = gl.cdiv(N, _WIDE)
     if WGRAD:
@@ -1214,8 +1253,9 @@ def _hopper_options(b_per: int, out_bytes: int) -> tuple[int, dict]:
     """The columns of a store's box, and the kernel's constants.
 
     BUFFERS for stores: in bf16 one of 64 x 128 for each consumer, in fp32 two of 64 x 32, which
-    take turns: 32 KB in all. STAGES of 48 KB: as many as fit beside them into 227 KB, and beside
-    b's scales, where it has one a column (elsewhere the compiler drops their ring).
+    take turns: 32 KB in all. STAGES of 48 KB: four fit beside them into 227 KB, 4 x 48 + 32 = 224.
+    Where b has one scale a column, each stage needs 1 KB more for them, and only three fit
+    (elsewhere the compiler drops the ring of scales).
     """
     if out_bytes == 2:
         columns = BLOCK
@@ -1263,15 +1303,15 @@ def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor) -> T
     tile_expert [M/128] int32: the expert of each row tile, -1 past the last one (those rows stay
     undefined).  ends [E] int32: where each expert's rows end, a multiple of 128.
     """
-    check_q("a", a, BLOCKS, BLOCKS)
-    check_q("b", b, ANY, BLOCKS, a.data.shape[1], rows_per_scale=(BLOCK,), like=a.data)
+    check_q("a", a, BY_128, BY_128)
+    check_q("b", b, ANY, BY_128, a.data.shape[1], rows_per_scale=(BLOCK,), like=a.data)
     check("tile_expert", tile_expert, (torch.int32,), len(a.data) // BLOCK, like=a.data)
     check("ends", ends, (torch.int32,), len(b.data), like=a.data)
     if not use_kernels(a.data):
         _check_ends(ends, len(a.data))
         _check_tile_expert(tile_expert, ends)
         return grouped_gemm_ref(a, b, tile_expert)
-    out = a.scale.new_empty(len(a.data), b.data.shape[1], dtype=torch.bfloat16)
+    out = a.data.new_empty(len(a.data), b.data.shape[1], dtype=torch.bfloat16)
     _launch_gemm(a, b, out, tile_expert, ends)
     return out
 
@@ -1286,13 +1326,13 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor,
     -> [E, M, N] of dtype, fp32 or bf16.
     """
     check_choice("dtype", dtype, (torch.float32, torch.bfloat16))
-    check_q("a", a, BLOCKS, BLOCKS, rows_per_scale=(1, BLOCK))
-    check_q("b", b, BLOCKS, a.data.shape[1], rows_per_scale=(1, BLOCK), like=a.data)
+    check_q("a", a, BY_128, BY_128, rows_per_scale=(1, BLOCK))
+    check_q("b", b, BY_128, a.data.shape[1], rows_per_scale=(1, BLOCK), like=a.data)
     check("ends", ends, (torch.int32,), ANY, like=a.data)
     if not use_kernels(a.data):
         _check_ends(ends, a.data.shape[1])
         return grouped_wgrad_ref(a, b, ends, dtype)
-    out = a.scale.new_empty(len(ends), len(a.data), len(b.data), dtype=dtype)
+    out = a.data.new_empty(len(ends), len(a.data), len(b.data), dtype=dtype)
     _launch_gemm(a, b, out, None, ends)
     return out
 
@@ -1331,14 +1371,14 @@ def _rounding_cast(values, source, target, rounding_mode=None):
     import numpy
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
              "fp64": torch.float64, "fp8e4nv": FP8, "fp8e5": torch.float8_e5m2}
-    signed = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
-    raw = torch.frombuffer(bytearray(values.tobytes()), dtype=signed[source.primitive_bitwidth])
+    integers = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
+    raw = torch.frombuffer(bytearray(values.tobytes()), dtype=integers[source.primitive_bitwidth])
     wide = raw.view(types[str(source)])
     if str(source) != "fp64":
         wide = wide.float()
     if str(target) == "fp8e4nv":        # saturates, and every NaN becomes 0x7F
         wide = torch.where(wide.isnan(), torch.nan, wide.clamp(-E4M3_MAX, E4M3_MAX))
-    narrow = wide.to(types[str(target)]).view(signed[target.primitive_bitwidth])
+    narrow = wide.to(types[str(target)]).view(integers[target.primitive_bitwidth])
     unsigned = numpy.dtype(f"uint{target.primitive_bitwidth}")
     return narrow.numpy().view(unsigned).reshape(values.shape)
 
@@ -1350,11 +1390,6 @@ if INTERPRET:
 
 # ---- checks: one sentence with the argument, its value and the remedy, before any launch ---------
 
-ANY = "any"                             # what an axis may be, besides a given length
-BLOCKS = "a multiple of 128"
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
-
 def check_choice(name: str, value, choices) -> None:
     if value not in choices:
         known = ", ".join(map(repr, choices))
@@ -1364,7 +1399,7 @@ def check_choice(name: str, value, choices) -> None:
 def check(name: str, x: Tensor, dtypes: tuple, *shape, like: Tensor | None = None) -> None:
     """Raises ValueError unless x has one of `dtypes`, the shape and the device of `like`.
 
-    shape: for each axis a length, ANY or BLOCKS; a leading ... stands for any number of axes.
+    shape: for each axis a length, ANY or BY_128; a leading ... stands for any number of axes.
     Reads no values: nothing waits for a GPU.
     """
     if not isinstance(x, Tensor):
@@ -1386,7 +1421,7 @@ def check(name: str, x: Tensor, dtypes: tuple, *shape, like: Tensor | None = Non
         if length == 0:
             raise ValueError(f"{name} has shape {list(x.shape)}: axis {axis} is empty, give it at "
                              "least one element")
-        if want is BLOCKS and length % BLOCK:
+        if want is BY_128 and length % BLOCK:
             raise ValueError(f"{name} has shape {list(x.shape)}: axis {axis} must be a multiple of "
                              f"{BLOCK}, pad it to {triton.cdiv(length, BLOCK) * BLOCK}")
         if isinstance(want, int) and length != want:

@@ -56,6 +56,10 @@ class Preset(GPTConfig):
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr} must be positive and finite: give 1e-3, say")
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.accumulate * self.seq_len
+
 
 PRESETS = {
     "tiny": Preset(
@@ -74,13 +78,14 @@ LADDER = ["bf16", "naive", "naive,transpose=fused", "naive,transpose=fused,scale
           "flow,transpose=unfused"]
 BALANCE = 0.1               # weight of the load-balancing loss: runs are short, it must act early
 CLIP = 1.0                  # largest gradient norm
-WARMUP = 0.1                # the learning rate rises in this share of the steps
-LEVEL = 0.2                 # and stays low in this share at the end
+WARMUP = 0.1                # the learning rate rises in this first share of the steps
+LEVEL = 0.2                 # the learning rate stays low in this last share of the steps
 LOG_EVERY = 10              # steps between two reads of the losses from the device
-LOG_FIELDS = ["step", "loss", "val_loss", "tokens_per_s", "lr", "grad_norm", "balance"]
+LOG_FIELDS = ["step", "loss", "val_loss", "tokens_per_s", "lr", "grad_norm", "balance",
+              "not_finite"]
 CHECKPOINT_SECONDS = 300    # a shorter run writes none, unless it is stopped
 HELD_OUT = 20               # one file in so many is for validation
-HEAD = 8192                 # a zero byte among so many first ones says that a file is no text
+HEAD = 8192                 # a file with a zero byte among the first 8192 is no text
 PIECE = 1 << 22             # bytes of text that are counted at once
 
 
@@ -138,7 +143,7 @@ def read_data(path: str | None, seq_len: int) -> Data:
     description = f"{name}: {len(texts)} texts, {len(train):,} bytes for training and " \
                   f"{len(val):,} for validation; {skipped} files skipped that are no text"
     digest = hashlib.sha256(train)
-    digest.update(hashlib.sha256(val).digest())
+    digest.update(hashlib.sha256(val).digest())         # A hash, so that the border counts, too.
     return Data(torch.frombuffer(train, dtype=torch.uint8),
                 torch.frombuffer(val, dtype=torch.uint8), digest.hexdigest()[:12], description)
 
@@ -170,8 +175,9 @@ def codes_of(text: Tensor, order: int):
 
 
 def table_loss(train: Tensor, val: Tensor, order: int) -> float:
-    """What a table reaches on `val`, in nats a byte: it holds how often each byte follows each
-    `order` bytes in `train`, and 0.1 more, so that nothing is impossible."""
+    """Nats a byte that counting alone reaches on `val`: what a model that has learned something
+    must beat. A table holds how often each byte follows each `order` bytes in `train`, and 0.1
+    more, so that nothing is impossible."""
     counts = torch.zeros(256 ** (order + 1), dtype=torch.int64)
     for code in codes_of(train, order):
         counts += torch.bincount(code, minlength=len(counts))
@@ -226,7 +232,8 @@ class Run:
 
     @property
     def config(self) -> dict:
-        """What must be equal for two runs to give the same results."""
+        """What makes a run this one. (Its last bits also depend on the machine, the versions, and
+        --compile and --deterministic.)"""
         return {"spec": self.spec, "seed": self.seed, "data": self.digest, **asdict(self.preset)}
 
 
@@ -252,7 +259,8 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, windows: Tensor, lr
 
 
 def memory_by_kind(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """What the peak of the GPU's memory consists of, in GB."""
+    """What the peak of the GPU's memory consists of, in GB. There are as many gradients as weights
+    at the peak, whatever there is now."""
     peak = torch.cuda.max_memory_allocated()
     before = torch.cuda.memory_allocated()
     with weights_cast_once(model):
@@ -266,17 +274,62 @@ def memory_by_kind(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, fl
             "copies of weights for GEMMs": copies / 1e9, "activations and the rest": rest / 1e9}
 
 
-def first_bad_gradient(model: GPT, norms: list[float]) -> str:
+def first_not_finite(model: GPT, loss: float, norms: list[float]) -> str:
+    """"loss", or the first weight whose gradient is not finite, or ""."""
+    if not math.isfinite(loss):
+        return "loss"
     for (name, _), norm in zip(model.named_parameters(), norms):
         if not math.isfinite(norm):
-            return name
-    return "none"
+            return f"gradient of {name}"
+    return ""
+
+
+def rows_of(results: list[list[float]], first_step: int, speed: float, model: GPT,
+            preset: Preset) -> list[dict]:
+    """Rows of log.csv from what train_step has returned for consecutive steps."""
+    rows = []
+    for step, (loss, balance, *norms) in enumerate(results, first_step):
+        rows.append({
+            "step": step, "loss": f"{loss:.6f}", "val_loss": math.nan,
+            "tokens_per_s": f"{speed:.1f}", "lr": f"{learning_rate(step, preset):.3e}",
+            "grad_norm": f"{math.hypot(*norms):.4f}", "balance": f"{balance:.4f}",
+            "not_finite": first_not_finite(model, loss, norms)})
+    return rows
+
+
+class Log:
+    """log.csv. A run that goes on after a checkpoint keeps the rows up to that."""
+
+    def __init__(self, run: Run, steps_done: int):
+        self.rows = read_log(run)[:steps_done]
+        self.file = open(run.folder / "log.csv", "w", newline="")
+        self.writer = csv.DictWriter(self.file, LOG_FIELDS)
+        self.writer.writeheader()
+        self.writer.writerows(self.rows)
+        self.file.flush()
+
+    def write(self, rows: list[dict]) -> None:
+        """Raises FloatingPointError for a row that says what is not finite."""
+        self.writer.writerows(rows)
+        self.file.flush()
+        self.rows += rows
+        for row in rows:
+            if row["not_finite"]:
+                raise FloatingPointError(f"the {row['not_finite']} of step {row['step']} is not "
+                                         "finite: lower --lr")
+
+    def tokens_per_s(self) -> float:
+        """The median over the steps: the first ones compile kernels."""
+        return statistics.median(float(row["tokens_per_s"]) for row in self.rows)
 
 
 def train(run: Run, data: Data, heard: list[int]) -> dict:
-    """Trains one model, from its checkpoint if there is one; its row of the table. Raises
-    FloatingPointError for a loss or gradient that is not finite, and KeyboardInterrupt after the
-    checkpoint for which a signal, by then in `heard`, has asked."""
+    """Trains one model, from its checkpoint if there is one, and returns its row of the table.
+
+    `heard` is empty until a signal comes. Then the step ends, a checkpoint is saved, and
+    KeyboardInterrupt is raised. Raises FloatingPointError for a loss or gradient that is not
+    finite.
+    """
     preset = run.preset
     train_text = data.train.to(run.device)
     val_text = data.val.to(run.device)
@@ -287,86 +340,73 @@ def train(run: Run, data: Data, heard: list[int]) -> dict:
             block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1,
                                   fused=True)
-
-    total, active = model.parameter_counts()
-    tokens_per_step = preset.batch * preset.accumulate * preset.seq_len
-    print(f"\n{run.spec}, seed {run.seed}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M for "
-          f"a token; {tokens_per_step} tokens a step")
-    with weights_cast_once(model), count_casts() as casts:      # a micro-batch that trains nothing
-        backward(model, draw_windows(train_text, run.seed, 0, preset)[0], 1.0)
-    optimizer.zero_grad()
-    casts_per_layer = len(casts) // preset.n_layers
-    names = dict.fromkeys(f"{cast.kind}({cast.tensor})" for cast in casts)
-    print(f"  {casts_per_layer} casts in each layer and micro-batch: {', '.join(names) or 'none'}")
-
+    casts = print_model(run, model, train_text)
     run.folder.mkdir(parents=True, exist_ok=True)
-    first_step = load_checkpoint(run, model, optimizer)
-    logged = read_log(run)[:first_step]     # later steps than the checkpoint's are trained again
+    steps_done = load_checkpoint(run, model, optimizer)
+    log = Log(run, steps_done)
     if run.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with open(run.folder / "log.csv", "w", newline="") as file, tqdm(
-            total=preset.steps, initial=first_step, desc=run.spec, unit="step") as bar:
-        log = csv.DictWriter(file, LOG_FIELDS)
-        log.writeheader()
-        log.writerows(logged)
+
+    bar = tqdm(total=preset.steps, initial=steps_done, desc=run.spec, unit="step")
+    with log.file, bar:
         pending = []                        # what train_step has returned since the last look
         saved_at = time.monotonic()
         lap_began = time.perf_counter()
-        for step in range(first_step, preset.steps):
+        for step in range(steps_done, preset.steps):
             windows = draw_windows(train_text, run.seed, step, preset)
             pending.append(train_step(model, optimizer, windows, learning_rate(step, preset)))
             bar.update()
             done = step + 1
             is_last = done == preset.steps
-            must_stop = bool(heard) and not is_last
+            must_stop = bool(heard) and not is_last         # After its last step it has finished.
             must_validate = is_last or done % preset.val_every == 0
-            if not (must_stop or must_validate or done % LOG_EVERY == 0):
-                continue
-
-            results = torch.stack(pending).tolist()     # Here the host waits for the device.
-            speed = len(results) * tokens_per_step / (time.perf_counter() - lap_began)
-            for past, (loss, balance, *norms) in enumerate(results, done - len(results)):
-                norm = math.hypot(*norms)
-                val_loss = math.nan
-                measured = loss + norm
-                if must_validate and past == step:
+            if must_stop or must_validate or done % LOG_EVERY == 0:
+                results = torch.stack(pending).tolist()     # Here the host waits for the device.
+                seconds = time.perf_counter() - lap_began
+                speed = len(results) * preset.tokens_per_step / seconds
+                rows = rows_of(results, done - len(results), speed, model, preset)
+                if must_validate:
                     val_loss = validate(model, val_text, preset)
-                    measured += val_loss
-                logged.append({
-                    "step": past, "loss": f"{loss:.6f}", "val_loss": f"{val_loss:.6f}",
-                    "tokens_per_s": f"{speed:.1f}", "lr": f"{learning_rate(past, preset):.3e}",
-                    "grad_norm": f"{norm:.4f}", "balance": f"{balance:.4f}"})
-                log.writerow(logged[-1])
-                if not math.isfinite(measured):
-                    raise FloatingPointError(
-                        f"a loss or gradient of step {past} is not finite (the first bad gradient: "
-                        f"{first_bad_gradient(model, norms)}): lower --lr")
-            file.flush()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            long_ago = time.monotonic() - saved_at > CHECKPOINT_SECONDS
-            if must_stop or long_ago and not is_last:
-                save(run.folder / "checkpoint.pt", {
-                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "step": done, "config": run.config})
-                saved_at = time.monotonic()
-            if must_stop:
-                raise KeyboardInterrupt
-            pending = []
-            lap_began = time.perf_counter()     # Neither validation nor checkpoint is training.
+                    rows[-1]["val_loss"] = f"{val_loss:.6f}"
+                    if not math.isfinite(val_loss) and not rows[-1]["not_finite"]:
+                        rows[-1]["not_finite"] = "validation loss"
+                log.write(rows)
+                bar.set_postfix(loss=rows[-1]["loss"], refresh=False)
+                long_ago = time.monotonic() - saved_at > CHECKPOINT_SECONDS
+                if must_stop or long_ago and not is_last:
+                    save_checkpoint(run, model, optimizer, done)
+                    saved_at = time.monotonic()
+                if must_stop:
+                    raise KeyboardInterrupt
+                pending = []
+                lap_began = time.perf_counter()     # Neither validation nor checkpoint is training.
 
-    speed = statistics.median(float(row["tokens_per_s"]) for row in logged)
-    print(f"  val loss {val_loss:.4f}, {speed:,.0f} tokens/s; in {run.folder}")
+    print(f"  val loss {val_loss:.4f}, {log.tokens_per_s():,.0f} tokens/s; in {run.folder}")
     peak = math.nan
     if run.device == "cuda":
         memory = memory_by_kind(model, optimizer)
         peak = sum(memory.values())
         for name, size in memory.items():
             print(f"  {size:6.2f} GB {name}")
-    row = {"recipe": run.spec, "casts": casts_per_layer, "val_loss": val_loss,
-           "tokens_per_s": speed, "peak_mem_gb": peak, "seed": run.seed}
+    row = {"recipe": run.spec, "casts": casts, "val_loss": val_loss,
+           "tokens_per_s": log.tokens_per_s(), "peak_mem_gb": peak, "seed": run.seed}
     save(run.folder / "model.pt", {"model": model.state_dict(), "config": run.config, "row": row})
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)
     return row
+
+
+def print_model(run: Run, model: GPT, text: Tensor) -> int:
+    """Parameters, and the casts of a layer, counted on a micro-batch that runs for nothing else."""
+    total, active = model.parameter_counts()
+    print(f"\n{run.spec}, seed {run.seed}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M for "
+          f"a token; {run.preset.tokens_per_step} tokens a step")
+    with weights_cast_once(model), count_casts() as casts:
+        backward(model, draw_windows(text, run.seed, 0, run.preset)[0], 1.0)
+    model.zero_grad()
+    casts_per_layer = len(casts) // run.preset.n_layers
+    names = dict.fromkeys(f"{cast.kind}({cast.tensor})" for cast in casts)
+    print(f"  {casts_per_layer} casts in each layer and micro-batch: {', '.join(names) or 'none'}")
+    return casts_per_layer
 
 
 # ---- checkpoint ----------------------------------------------------------------------------------
@@ -381,6 +421,14 @@ def save(path: Path, contents: dict) -> None:
         raise OSError(f"{path} cannot be written and is what it was ({error}): is the disk full?")
     finally:
         beside.unlink(missing_ok=True)
+
+
+def save_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """All that a run needs to go on to the same bits: windows and learning rate follow from the
+    number of the step, and training draws no other random numbers."""
+    save(run.folder / "checkpoint.pt", {
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+        "config": run.config})
 
 
 def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> int:
@@ -403,33 +451,38 @@ def read_log(run: Run) -> list[dict]:
 def read_saved(path: Path, argument: str) -> dict:
     """What train.py has saved; with mmap its tensors stay on the disk until they are used. Raises
     ValueError, which names the argument, for a file of somebody else."""
+    saved = None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if "spec" in saved["config"]:
-            return saved
     except Exception:           # torch.load raises whatever the bytes of such a file lead it to
         pass
-    raise ValueError(f"{argument} {str(path)!r} is missing, damaged or not from train.py: name a "
-                     "folder in which it has trained, such as out/1/flow")
+    if not isinstance(saved, dict) or "spec" not in saved.get("config", {}):
+        raise ValueError(f"{argument} {str(path)!r} is missing, damaged or not from train.py: name "
+                         "a folder in which it has trained, such as out/1/flow")
+    return saved
 
 
-def finished_row(run: Run) -> dict | None:
-    """The row of a run that --resume finds finished. Raises ValueError for another run's file."""
+def look_for(run: Run) -> None:
+    """For --resume: takes the row of a run that has finished. Raises ValueError where the folder
+    holds another run."""
     for path in (run.folder / "model.pt", run.folder / "checkpoint.pt"):
         if path.exists():
             saved = read_saved(path, "--resume:")
-            for key, value in run.config.items():
-                if saved["config"].get(key) != value:
-                    raise ValueError(f"--resume: {str(path)!r} has {key}={saved['config'].get(key)}"
-                                     f", not {value}: give the same arguments or another --out")
-            return saved.get("row")
-    return None
+            check_same(path, saved["config"], run.config)
+            run.row = run.row or saved.get("row")
+
+
+def check_same(path: Path, there: dict, asked: dict) -> None:
+    for key, value in asked.items():
+        if there.get(key) != value:
+            raise ValueError(f"--resume: {str(path)!r} has {key}={there.get(key)}, not {value}: "
+                             "give the same arguments, or another --out")
 
 
 # ---- comparison ----------------------------------------------------------------------------------
 
 def percent_over(value: float, base: float) -> float:
-    """By how many percent bf16's value is exceeded; nan where that is 0."""
+    """By how many percent the value exceeds bf16's, `base`; nan where bf16's is 0."""
     return 100 * (value / base - 1) if base else math.nan
 
 
@@ -454,7 +507,7 @@ def table(rows: list[dict]) -> list[dict]:
 
 def print_table(cells: list[dict], is_emulated: bool) -> None:
     # Speed and memory of emulated FP8 say nothing about a recipe.
-    hidden = ["speedup", "peak_mem_gb"] if is_emulated else []
+    hidden = ["tokens_per_s", "speedup", "peak_mem_gb"] if is_emulated else []
     names = [name for name in cells[0] if name not in ["recipe", *hidden]]
     width = max(len(row["recipe"]) for row in cells)
     print(f"\n{'recipe':>{width}}" + "".join(f"{name:>14}" for name in names))
@@ -549,7 +602,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args) -> None:
-    """What argparse cannot see. Raises ValueError, as all functions below."""
+    """What argparse cannot see. Raises ValueError, with a sentence."""
     for name in ("data", "out", "prompt", "sample"):
         if getattr(args, name) == "":
             raise ValueError(f"--{name} '' is empty: give a name, or leave it out")
@@ -571,19 +624,20 @@ def specs_of(args) -> list[str]:
     elif args.compare is not None:
         specs = args.compare or list(RECIPES)
     argument = "--recipe" if args.compare is None else "--compare"
-    meaning = {}
+    spec_of = {}                # recipe -> the spec that named it
     for spec in specs:
         try:
             recipe = parse_spec(spec)
         except ValueError as error:
             raise ValueError(f"{argument} {spec}: {error}")
-        if recipe in meaning:
-            raise ValueError(f"{argument} {spec} is the same as {meaning[recipe]}: give it once")
-        meaning[recipe] = spec
+        if recipe in spec_of:
+            raise ValueError(f"{argument} {spec} is the same as {spec_of[recipe]}: give it once")
+        spec_of[recipe] = spec
     return specs
 
 
 def fp8_is_emulated(device: str) -> bool:
+    """True where the twins run; on a CPU the interpreter, too, only emulates."""
     return device == "cpu" or not kernels.use_kernels(torch.empty(0, device=device))
 
 
@@ -716,7 +770,8 @@ def main(argv=None) -> int:
             parent = out / f"seed-{seed}" if args.seeds else out
             for spec in specs:
                 run = Run(spec, seed, parent / spec, preset, data.digest, args.device, args.compile)
-                run.row = finished_row(run) if args.resume else None
+                if args.resume:
+                    look_for(run)
                 runs.append(run)
     except ValueError as error:
         parser.error(str(error))
@@ -734,7 +789,7 @@ def main(argv=None) -> int:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # Every kernel here writes what it reads: to fill new tensors would only take time.
+        # Nothing here reads memory that nobody has written: to fill it would only take time.
         torch.utils.deterministic.fill_uninitialized_memory = False
 
     asked = sys.argv[1:] if argv is None else argv

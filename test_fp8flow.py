@@ -1982,6 +1982,7 @@ class StubMachine:
 def test_every_line_of_bench_kernels_runs_what_it_names(twins_on_cpu, monkeypatch):
     monkeypatch.setattr(bench, "LAYERS", (bench.Size(64, 128, 128, 2, 1),))
     monkeypatch.setattr(bench, "PAPER", ())
+    monkeypatch.setattr(bench, "WIDE", ())
     monkeypatch.setattr(bench.Bench, "measure_ceilings", lambda self: None)
     rows = []
     machine = StubMachine()
@@ -2019,16 +2020,17 @@ def test_bench_layer_measures_every_setting(twins_on_cpu, monkeypatch, capsys, t
     rows = list(csv.DictReader((tmp_path / "layer.csv").read_text().splitlines()))
     settings = dict.fromkeys((row["routing"], row["weights"], row["spec"]) for row in rows)
     assert list(settings) == [
-        ("random", "before", "bf16"), ("random", "before", "flow"),
-        ("random", "before", "flow,swiglu=unfused"),
-        ("balanced", "before", "bf16"), ("balanced", "before", "flow"),
-        ("skewed", "before", "bf16"), ("skewed", "before", "flow"),
-        ("random", "within", "bf16"), ("random", "within", "flow")]
-    assert [row["method"] for row in rows] == 9 * ["in turns", "back to back"]
+        ("random", "cast before", "bf16"), ("random", "cast before", "flow"),
+        ("random", "cast before", "flow,swiglu=unfused"),
+        ("balanced", "cast before", "bf16"), ("balanced", "cast before", "flow"),
+        ("skewed", "cast before", "bf16"), ("skewed", "cast before", "flow"),
+        ("random", "cast within", "bf16"), ("random", "cast within", "flow"),
+        ("random", "frozen", "bf16"), ("random", "frozen", "flow")]
+    assert [row["method"] for row in rows] == 11 * ["in turns", "back to back"]
     assert [row["ms"] for row in rows[:4]] == ["2.0000", "4.0000", "3.0000", "6.0000"]
     assert rows[3]["speedup"] == "0.6667" and float(rows[3]["sqnr_y"]) > 20
     casts = [launched.count("quantize_weight") for launched in machine.ran]
-    assert casts == [0, 0, 0, 0, 0, 0, 0, 0, 2]         # the weights of flow, where cast within
+    assert casts == [0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0]       # the weights of flow, where cast within
     index = bench.route(bench.LAYERS[0], "skewed", DEVICE)
     assert index.flatten().bincount()[0] == 4 * 64 * 2 // 16
     index = bench.route(bench.LAYERS[0], "balanced", DEVICE)

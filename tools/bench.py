@@ -56,12 +56,17 @@ PAPER = (
     Size(T=4096, D=5120, F=1536, E=160, k=6),
     Size(T=4096, D=7168, F=2048, E=256, k=8),
 )
+# Mixtral's experts: the widest SwiGLU that is in use. For the kernels alone.
+WIDE = (
+    Size(T=8192, D=4096, F=14336, E=8, k=2),
+)
 
 
 def name_of(size: Size) -> str:
-    if size in LAYERS:
-        return f"layer {LAYERS.index(size) + 1}"
-    return f"paper {PAPER.index(size) + 1}"
+    for name, sizes in (("layer", LAYERS), ("paper", PAPER), ("wide", WIDE)):
+        if size in sizes:
+            return f"{name} {sizes.index(size) + 1}"
+    raise ValueError(f"{size} is none of the sizes above")
 
 
 # ---- the clock -----------------------------------------------------------------------------------
@@ -412,7 +417,7 @@ BENCHES = {"quantize": bench_quantize, "permute": bench_permute, "transpose": be
 
 def bench_kernels(bench: Bench, names: list[str]) -> None:
     bench.measure_ceilings()
-    for size in (*LAYERS, *PAPER):
+    for size in (*LAYERS, *PAPER, *WIDE):
         bench.start(size)
         for name in names:
             BENCHES[name](bench, size)
@@ -445,10 +450,30 @@ class CastingLayer:
         return fp8flow.Layer(self.spec, *self.inputs).step()
 
 
+class FrozenLayer:
+    """A layer whose weights learn nothing, as where LoRA trains other weights: gradients for x and
+    the router's probabilities only."""
+
+    def __init__(self, spec: str, x, probs, plan, w1, w2, dy):
+        self.layer = fp8flow.Layer(spec, x, probs, plan, w1.detach(), w2.detach(), dy)
+
+    def forward(self) -> Tensor:
+        return self.layer.forward()
+
+    def step(self) -> tuple[Tensor, ...]:
+        y = self.forward()
+        wanted = self.layer.inputs[:2]
+        return y.detach(), *torch.autograd.grad(y, wanted, self.layer.dy)
+
+
+LAYER_CLASSES = {"cast before": fp8flow.Layer, "cast within": CastingLayer,
+                 "frozen": FrozenLayer}
+
+
 class Setting(NamedTuple):
     """What is compared in turns."""
     routing: str
-    weights: str                # cast "before" or "within"
+    weights: str                # one of LAYER_CLASSES
     specs: list[str]
 
 
@@ -456,12 +481,13 @@ def settings_of(size: Size, specs: list[str], quick: bool) -> list[Setting]:
     """All specs with random routing; the rest is for the recipes alone, to end in minutes."""
     recipes = [spec for spec in specs if spec in fp8flow.RECIPES]
     if size in PAPER:
-        return [Setting("random", "before", recipes)]
-    settings = [Setting("random", "before", specs)]
+        return [Setting("random", "cast before", recipes)]
+    settings = [Setting("random", "cast before", specs)]
     if not quick:
-        settings.append(Setting("balanced", "before", recipes))
-        settings.append(Setting("skewed", "before", recipes))
-        settings.append(Setting("random", "within", recipes))
+        settings.append(Setting("balanced", "cast before", recipes))
+        settings.append(Setting("skewed", "cast before", recipes))
+        settings.append(Setting("random", "cast within", recipes))
+        settings.append(Setting("random", "frozen", recipes))
     return settings
 
 
@@ -494,8 +520,7 @@ class Measurement(NamedTuple):
 def measure(machine: Machine, setting: Setting, inputs: tuple, quick: bool) -> list[Measurement]:
     layers = []
     for spec in setting.specs:
-        kind = fp8flow.Layer if setting.weights == "before" else CastingLayer
-        layers.append(kind(spec, *inputs))
+        layers.append(LAYER_CLASSES[setting.weights](spec, *inputs))
     reference = fp8flow.Layer("bf16", *inputs).step()
     decibels = [quality(layer.step(), reference) for layer in layers]
     del reference                               # Its gradients may be as large as the weights.
@@ -517,7 +542,7 @@ def print_layer(setting: Setting, measured: list[Measurement]) -> None:
     """Two tables, so that neither is wider than a terminal."""
     width = max(len(spec) for spec in SPECS)
     base = measured[0]
-    say(f"  {setting.routing} routing, weights cast {setting.weights}")
+    say(f"  {setting.routing} routing, weights {setting.weights}")
     say(f"    {'':{width}}{'in turns':>18}{'back to back':>18}{'held':>9}  SQNR against bf16, dB")
     say(f"    {'':{width}}{'ms':>10}{'x bf16':>8}{'ms':>10}{'x bf16':>8}{'MB':>9}"
         + "".join(f"{name:>7}" for name in RESULTS))

@@ -89,7 +89,7 @@ def read_layer(path: Path) -> list[dict]:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise ValueError(f"layer: {path} cannot be read ({error.strerror}): {remedy}")
-    drawn = {"size": "layer 1", "routing": "random", "weights": "before", "method": "in turns"}
+    drawn = {"size": "layer 1", "routing": "random", "weights": "cast before", "method": "in turns"}
     chosen = []
     for row in rows:
         if all(row.get(column) == value for column, value in drawn.items()):

@@ -482,18 +482,22 @@ def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w1: Tensor, w
         operands = cast_weights(w1, w2, recipe)
     elif not isinstance(operands, Operands) or operands.recipe != recipe:
         raise ValueError("operands were cast for another recipe: give cast_weights(w1, w2, recipe)")
-    if isinstance(x, Tensor) and x.dtype in FLOATS and x.numel() == 0 and x.shape[-1] == D:
-        # Nobody came. The result hangs on all inputs, so that each gets a gradient of zeros.
-        nothing = top_k_weights.sum() + w1[0, 0, 0] + w2[0, 0, 0]
-        return x + 0 * nothing.to(x.dtype)
+    elif operands.w1.data.shape != w1.shape or operands.w2.data.shape != w2.shape:
+        raise ValueError("operands were cast from weights of other shapes: give "
+                         "cast_weights(w1, w2, recipe)")
     check("x", x, FLOATS, ..., D, like=w2)
     check("top_k_index", top_k_index, (torch.int32, torch.int64), *x.shape[:-1], ANY, like=w2)
     check("top_k_weights", top_k_weights, FLOATS, *top_k_index.shape, like=w2)
+    if x.numel() == 0:
+        # Nobody came. The result hangs on all inputs, so that each gets a gradient of zeros.
+        nothing = top_k_weights.sum() + w1[0, 0, 0] + w2[0, 0, 0]
+        return x + 0 * nothing.to(x.dtype)
     plan = make_plan(top_k_index, E)
     tokens = x.reshape(-1, D).bfloat16()
     probs = top_k_weights.reshape(plan.slot.shape).float()
     y = FUNCTION[recipe.precision].apply(tokens, probs, w1, w2, operands, plan, recipe)
-    return y.to(x.dtype).view_as(x)
+    y = y.to(x.dtype)
+    return y if y.shape == x.shape else y.view(x.shape)     # No view without need: FSDP2 warns.
 
 
 class Experts(nn.Module):
@@ -541,23 +545,27 @@ def weights_cast_once(model: nn.Module):
     for all calls inside, and drops the copies on leaving.
 
     For the micro-batches between two optimizer steps. Weights that change inside go unseen: no
-    optimizer step, no load and no move inside. The model is on one device; not with FSDP2, which
-    gathers its weights anew for each call.
+    optimizer step, no load, no move and no torch.func.functional_call inside. The model is on one
+    device; not with FSDP2, which gathers its weights anew for each call.
     Raises ValueError for a model without Experts.
     """
     layers = [module for module in model.modules() if isinstance(module, Experts)]
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no fp8flow.Experts: there is nothing to "
                          "cast, call it without weights_cast_once")
-    # No inference tensors: what is cast in an evaluation may serve training.
-    with torch.inference_mode(False), torch.no_grad():
-        for layer in layers:
-            _cast_once[layer] = cast_weights(layer.w1, layer.w2, layer.recipe)
+    before = {layer: _cast_once.get(layer) for layer in layers}     # where one is open already
     try:
+        # No inference tensors: what is cast in an evaluation may serve training.
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in layers:
+                _cast_once[layer] = cast_weights(layer.w1, layer.w2, layer.recipe)
         yield
     finally:
-        for layer in layers:
-            _cast_once.pop(layer, None)
+        for layer, operands in before.items():
+            if operands is None:
+                _cast_once.pop(layer, None)
+            else:
+                _cast_once[layer] = operands
 
 
 # ---- the casts, counted as they happen -----------------------------------------------------------

@@ -60,7 +60,8 @@ SCALE_MIN = 2.0 ** -126         # the smallest normal fp32
 SCALES = ("pow2", "fp32")       # the smallest power of two >= amax/448, or amax/448 itself
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ANY = "any"                     # For `check`, below: what the length of an axis may be,
-BY_128 = "a multiple of 128"    # besides a number.
+BY_128 = "a multiple of 128"    # besides a number
+ANY_OR_NONE = "any, or 0"
 
 # An all-zero block gets SCALE_MIN, so that it never sets the scale that a tile shares.
 # An fp32 number is a sign, 8 bits of exponent + 127, and 23 bits of mantissa.
@@ -1399,7 +1400,8 @@ def check_choice(name: str, value, choices) -> None:
 def check(name: str, x: Tensor, dtypes: tuple, *shape, like: Tensor | None = None) -> None:
     """Raises ValueError unless x has one of `dtypes`, the shape and the device of `like`.
 
-    shape: for each axis a length, ANY or BY_128; a leading ... stands for any number of axes.
+    shape: for each axis a length, ANY or BY_128; a leading ... stands for any number of axes, which
+    may be empty.
     Reads no values: nothing waits for a GPU.
     """
     if not isinstance(x, Tensor):
@@ -1414,11 +1416,11 @@ def check(name: str, x: Tensor, dtypes: tuple, *shape, like: Tensor | None = Non
         raise ValueError(f"{name} is on {x.device}: move it to {like.device}, where the other "
                          "arguments are")
     if shape[0] is ...:
-        shape = (ANY,) * (x.ndim - len(shape) + 1) + shape[1:]
+        shape = (ANY_OR_NONE,) * (x.ndim - len(shape) + 1) + shape[1:]
     if x.ndim != len(shape):
         raise ValueError(f"{name} has shape {list(x.shape)}: reshape it to {len(shape)} axes")
     for axis, (length, want) in enumerate(zip(x.shape, shape)):
-        if length == 0:
+        if length == 0 and want not in (0, ANY_OR_NONE):
             raise ValueError(f"{name} has shape {list(x.shape)}: axis {axis} is empty, give it at "
                              "least one element")
         if want is BY_128 and length % BLOCK:
@@ -1454,7 +1456,7 @@ def _check_tiles(tile_expert: Tensor | None, slots: int, like: Tensor) -> None:
 # What follows reads values: it is for the twins, where that is no wait.
 
 def check_values(name: str, index: Tensor, low: int, high: int) -> None:
-    if index.min() < low or index.max() >= high:
+    if index.numel() > 0 and (index.min() < low or index.max() >= high):
         raise ValueError(f"{name} holds values from {index.min()} to {index.max()}: they must lie "
                          f"in [{low}, {high})")
 

@@ -1118,6 +1118,17 @@ def test_weights_cast_once(monkeypatch):
         with fp8flow.weights_cast_once(layer):
             raise RuntimeError("on purpose")
     assert len(fp8flow._cast_once) == 0
+    with fp8flow.weights_cast_once(layer):
+        with fp8flow.weights_cast_once(layer):
+            pass
+        casts.clear()
+        assert loss_of(layer, inputs) == plain and casts == []          # the outer one is open
+    broken = build_layer("flow", inputs)
+    broken.w1.data = broken.w1.data.double()
+    with pytest.raises(ValueError, match="float64"):
+        with fp8flow.weights_cast_once(torch.nn.Sequential(layer, broken)):
+            pass
+    assert len(fp8flow._cast_once) == 0         # nor is anything left where entering failed
     with pytest.raises(ValueError, match="Linear holds no fp8flow.Experts"):
         with fp8flow.weights_cast_once(torch.nn.Linear(2, 2)):
             pass
@@ -1447,6 +1458,7 @@ def misuse_of_the_layer():
     w2 = inputs.w2
     e = fp8flow.experts
     other = fp8flow.cast_weights(w1, w2, "bf16")
+    three = fp8flow.cast_weights(w1, w2, "flow")
     return [
         ("top_k_index", "float32", lambda: fp8flow.make_plan(p, 3)),
         ("num_experts", "at least 1", lambda: fp8flow.make_plan(index, 0)),
@@ -1463,6 +1475,8 @@ def misuse_of_the_layer():
         ("recipe", "'flaw'", lambda: e(x, index, p, w1, w2, "flaw")),
         ("operands", "another recipe", lambda: e(x, index, p, w1, w2, operands=other)),
         ("operands", "another recipe", lambda: e(x, index, p, w1, w2, operands=w1)),
+        ("operands", "other shapes", lambda: e(x, index, p, w1[:2], w2[:2], operands=three)),
+        ("top_k_index", "0 long", lambda: e(x[:0], index, p, w1, w2)),
         ("recipe", "'flaw'", lambda: fp8flow.Experts(2, 128, 128, "flaw")),
         ("w2", "multiple of 128", lambda: fp8flow.Experts(2, 100, 128)),
         ("w2", "float64", lambda: fp8flow.Experts(2, 128, 128, dtype=torch.float64))]

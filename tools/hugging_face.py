@@ -41,16 +41,16 @@ def check_plain_swiglu(module) -> None:
     """Raises ValueError for experts that compute something else than fp8flow does."""
     name = type(module).__name__
     remedy = "use another experts implementation"
-    activation = type(module.act_fn).__name__
+    activation = type(getattr(module, "act_fn", None)).__name__
     plain_gate = type(module)._apply_gate is moe._default_apply_gate
     if not has(module, "has_gate", default=True) or not plain_gate:
         raise ValueError(f"{name} has a gate of its own (_apply_gate), not SwiGLU: {remedy}")
-    if activation not in ("SiLU", "SiLUActivation"):
-        raise ValueError(f"{name} has the activation {activation}, not SiLU: {remedy}")
     if module.has_bias or has(module, "has_post_expert_norm"):
         raise ValueError(f"{name} has a bias or a norm after each expert: {remedy}")
     if module.is_transposed or not has(module, "is_concatenated", default=True):
         raise ValueError(f"{name} stores gate_up_proj transposed or interleaved: {remedy}")
+    if activation not in ("SiLU", "SiLUActivation"):
+        raise ValueError(f"{name} has the activation {activation}, not SiLU: {remedy}")
     if has(module, "_is_expert_parallel"):
         raise ValueError(f"{name} is spread over several GPUs by expert: {remedy}")
 

@@ -9,6 +9,7 @@ pulled out of a sum that it is constant over:
     activation, row-wise      1 x 128 blocks                 fprop and dgrad
     weight                    128 x 128 blocks               the same block serves W and W^T
     activation, column-wise   transposed, one scale a tile   wgrad reduces over tokens
+                              (requantized: 1 x 128 blocks of the transposed tensor)
 
 With power-of-two scales, changing a scale by 2^k only moves the exponents of its codes. That is
 what makes the scaling-aware transpose possible: row-wise FP8 becomes column-wise FP8 without a trip
@@ -56,14 +57,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 BLOCK = 128                     # codes per scale, rows per expert tile, K-step of the GEMMs
 FP8 = torch.float8_e4m3fn
 E4M3_MAX = 448.0                # 1.75 * 2^8
-SCALE_MIN = 2.0 ** -126         # the smallest normal fp32
+SCALE_MIN = 2.0 ** -126         # the smallest normal fp32: the scale of an all-zero block
 SCALES = ("pow2", "fp32")       # the smallest power of two >= amax/448, or amax/448 itself
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ANY = "any"                     # For `check`, below: what the length of an axis may be,
 BY_128 = "a multiple of 128"    # besides a number
 ANY_OR_NONE = "any, or 0"
 
-# An all-zero block gets SCALE_MIN, so that it never sets the scale that a tile shares.
 # An fp32 number is a sign, 8 bits of exponent + 127, and 23 bits of mantissa.
 INF_BITS = 0x7F800000           # as an integer, every finite magnitude lies below it
 MANTISSA_BITS = 0x007FFFFF
@@ -197,8 +197,8 @@ def quantize(x: Tensor, scales: str = "pow2", tile_expert: Tensor | None = None,
 
     x [R, C] bf16, fp16 or fp32, C a multiple of 128; scales "pow2" | "fp32" -> QTensor [R, C],
     scale [C/128, R]. A block that holds NaN or Inf dequantizes to NaN.
-    tile_expert int32, one for every 128 rows (tile_axis 0) or columns (1), if those are slots:
-    tiles marked -1 are skipped, and stay undefined.
+    tile_expert int32, one for every 128 slots: tiles marked -1 are skipped, and stay undefined.
+    Slots are the rows (tile_axis 0) or, in a transposed tensor, the columns (1).
     """
     check_choice("scales", scales, SCALES)
     check("x", x, FLOATS, ANY, BY_128)
@@ -292,11 +292,11 @@ def quantize_weight_ref(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTens
 
 @triton.jit
 def _encode_again(x, factor):
-    """The codes of _encode(x * factor), computed a second time: halving and doubling are exact, and
-    hide from the compiler that it is the same.
+    """The codes of _encode(x * factor), from a second conversion.
 
-    W and W^T could be stored from one conversion to FP8, but ptxas 12.9 then corrupts the
-    transposed store (github.com/triton-lang/triton/issues/11111).
+    One conversion could serve W and W^T, but ptxas 12.9 then corrupts the transposed store
+    (github.com/triton-lang/triton/issues/11111). Halving and doubling are exact, and keep the
+    compiler from making one conversion of the two.
     """
     return _encode(x * (factor * 0.5) * 2.0)
 
@@ -359,7 +359,7 @@ def scaling_aware_transpose_ref(q: QTensor, rows: Tensor | None = None) -> QTens
         q = gather_rows_ref(q, rows)
     M, C = q.data.shape
     data = q.data.new_empty(C, M)
-    scale = q.scale.new_empty(M // BLOCK, C // BLOCK)
+    scale = q.scale.new_empty(M // BLOCK, C // BLOCK)       # of data [C, M]: again the other order
     for i, j in itertools.product(range(M // BLOCK), range(C // BLOCK)):
         r = slice(i * BLOCK, (i + 1) * BLOCK)
         c = slice(j * BLOCK, (j + 1) * BLOCK)
@@ -395,8 +395,8 @@ def _scaling_aware_transpose_kernel(
     top = tl.max(s, 0)
     # Both are powers of two: the difference of their exponents is k = log2(top / s) >= 0.
     k = (top.to(tl.int32, bitcast=True) - s.to(tl.int32, bitcast=True)) >> 23
-    # In fp16, which holds every code, and 2^-k down to k = 24. From k = 19 on even 448 * 2^-k
-    # rounds to zero in E4M3, and so does all that fp16 itself cannot hold exactly.
+    # fp16 is wide enough: it holds every code, and every product of 2^-14 or more exactly. What is
+    # smaller becomes zero in E4M3 anyway, as all does below 2^-10, half of the smallest code.
     shift = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True).to(tl.float16)
     values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     codes = _encode(values * shift[:, None])
@@ -411,9 +411,9 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None,
 
     In each 128x128 tile the largest row scale S becomes the tile's scale, and the codes of a row
     with scale s move down by k = log2(S/s) powers of two: exact while they stay normal,
-    nearest-even below 2^-6, NaN and -0 kept. The largest, so that no code passes 448. One for the
-    tile: a block of the transposed tensor is the 128 rows of one column, and which scale they agree
-    on does not depend on the column.
+    nearest-even below 2^-6, NaN and -0 kept. It is the largest, so that no code passes 448. It is
+    the same for the whole tile, since a block of the transposed tensor is the 128 rows of one
+    column, and which scale they agree on does not depend on the column.
     rows [M] int64: transpose q[rows] instead, -1 for a zero row (q is then [T, C]).
     tile_expert [M/128] int32: skip tiles marked -1; what they hold stays undefined.
     M and C are multiples of 128 -> scale [M/128, C/128].
@@ -508,8 +508,8 @@ def requantize(q: QTensor, scales: str = "pow2", tile_expert: Tensor | None = No
     still rounds twice.
 
     M and C are multiples of 128; q has 1x128 blocks of either policy -> 1x128 blocks,
-    scale [M/128, C]. With powers of two the codes are those of naive's three launches; with fp32
-    scales those round once more, to bf16 between the casts.
+    scale [M/128, C]. With powers of two the codes are those of naive's three launches. With fp32
+    scales the three launches round once more, to bf16 between the casts.
     tile_expert [M/128] int32: skip tiles marked -1; what they hold stays undefined.
     """
     check_choice("scales", scales, SCALES)
@@ -709,7 +709,7 @@ def swiglu_backward_quantize(
         da: Tensor, h: Tensor, prob: Tensor, scales: str = "pow2",
         tile_expert: Tensor | None = None) -> tuple[QTensor, Tensor, QTensor]:
     """`swiglu_backward` that emits FP8 (a fused operator of the paper): dh [M, 2F]
-    row-wise, dprob [M] fp32, and a [M, F] row-wise once more, from the h that is at hand, for the
+    row-wise, dprob [M] fp32, and A [M, F] row-wise once more, from the h that is at hand, for the
     weight gradient of fc2."""
     _check_swiglu(h, prob, tile_expert, scales)
     check("da", da, (h.dtype,), len(h), h.shape[1] // 2, like=h)
@@ -879,7 +879,8 @@ def _grouped_gemm_kernel(
     Hopper's tensor core sums FP8 products in about 14 bits and truncates, so each partial sum of
     128 is promoted: the CUDA cores multiply it by its scales and add it to an fp32 accumulator.
     fprop and dgrad sum over all of K with the weight of the tile's expert; wgrad sums over the
-    slots of one expert. A_PER, B_PER: the rows that share a scale, 1 or 128.
+    slots of one expert (there M and N are widths). A_PER, B_PER: the rows that share a scale, 1 or
+    128.
     """
     m = tl.program_id(0)
     n = tl.program_id(1)
@@ -932,17 +933,18 @@ def _grouped_gemm_kernel(
 #     tensor core    for 0       for 1       for 0       for 1       for 0       for 1
 #     loader         copies the tiles of later K-steps, whenever a stage is free
 #
-# Why does the loop of level 2 leave gaps? More stages would not close them: they bring tiles
-# earlier, and the loop does not wait for tiles. More programs on a multiprocessor would, but each
-# needs a sum and a partial sum of 128 x 128 in registers. That is 128 KB of 256 KB, and with some
-# registers for addresses only one program fits.
+# Why does the loop of level 2 leave gaps? More stages would not close them: the loop loads three
+# K-steps ahead already, and does not wait for tiles. More programs on a multiprocessor would, but
+# each needs a sum and a partial sum of 128 x 128 in registers. That is 128 KB of 256 KB, and with
+# some registers for addresses only one program fits.
 #
 # The roles meet at `mbarrier`s, counters in shared memory. The loader waits until a stage is
 # `empty` (both consumers are done with it), a consumer until it is `full` (its bytes have arrived).
 # A barrier goes through phases. One is complete when as many have arrived as the barrier was made
 # for, and all bytes that were announced; then the next begins. `mbarrier.wait(barrier, p)` passes
 # when the last complete phase has parity p: a barrier remembers no more than even or odd, and a new
-# one stands as if it had just completed an odd phase. Loader and consumers count K-steps alike,
+# one stands as if it had just completed an odd phase. That is enough, because nobody can get two
+# phases ahead: each side waits for the other. Loader and consumers count K-steps alike,
 # i = 0, 1, 2, ..., so they mean the same phase. With four stages:
 #
 #     K-step i    stage i % 4    use i // 4    a consumer waits for    the loader waits for
@@ -955,14 +957,15 @@ def _grouped_gemm_kernel(
 # columns: 128 registers a thread, which leave room for the partial sum of one half (64 more), not
 # of both. So the halves take turns, and each half of b has a `full` barrier of its own. Scales of
 # rows and of tiles are a few registers, loaded a K-step ahead. Where b has one scale a column
-# (wgrad of the requantizing transposes), a thread would need 64 more, those of its columns: the
-# loader copies them into the stage, beside the tiles.
+# (wgrad of the requantizing transposes), a thread would need 64 more, for of each half it holds
+# 2 rows x 32 columns: the loader copies them into the stage, beside the tiles.
 #
 # What a multiprocessor has, and where it goes:
 #
-#     registers        65,536       12 warps start with 168 a thread: 64,512. The loader's warp,
-#                                   which counts as four, gives back all but 40, and the consumers
-#                                   get 232: 2 x 128 x 232 + 128 x 40 = 64,512
+#     registers        65,536       Hopper deals them out to groups of four warps, in eights, so the
+#                                   loader's warp counts as four. 12 warps start with 168 a thread,
+#                                   the most that fits: 64,512. The loader keeps 40, and the
+#                                   consumers get the rest: 3 x 168 = 2 x 232 + 40
 #     shared memory    227 KB       4 stages x (128 + 256) rows x 128 bytes: 192 KB,
 #                                   and 32 KB of buffers for stores
 
@@ -974,8 +977,8 @@ _BAND = gl.constexpr(4)                 # rows of tiles that are worked on at th
 LAUNCH_REGISTERS = 168                  # a thread: 12 warps x 32 x 168 = 64,512
 CONSUMER_REGISTERS = 232                # 2 x 128 x 232 + 128 x 40 = 64,512
 LOADER_REGISTERS = 40
-# Of the second consumer and of the loader. The first consumer is the warps of the launch
-# (num_warps=4), and gets what is left.
+# These two are for the second consumer and the loader. The first consumer is the launch's own warps
+# (num_warps=4), and gets the registers that are left.
 _WORKER_WARPS = gl.constexpr([4, 1])
 _WORKER_REGISTERS = gl.constexpr([CONSUMER_REGISTERS, LOADER_REGISTERS])
 
@@ -993,10 +996,12 @@ def _locate(tile, problem, WGRAD: gl.constexpr):
     Tiles are counted down four rows of tiles, then on to the next column, so that programs that run
     at the same time share operands in L2:
 
-        0  4   8        Rows of tiles that nobody uses come last, and are not counted: no expert
-        1  5   9        is -1 here.
+        0  4   8
+        1  5   9
         2  6  10
         3  7  11
+
+    Rows of tiles that nobody uses come last, and are not counted: no expert is -1 here.
     """
     tile_expert, ends, M, N, K, m_tiles, n_tiles = problem
     if WGRAD:
@@ -1036,15 +1041,16 @@ def _loader(a, b, b_scale, ring, problem, tiles,
             phase = use % 2
             left_full = full.index(2 * stage)
             right_full = full.index(2 * stage + 1)
-            mbarrier.wait(empty.index(stage), 1 - phase)        # The use before this is over.
+            # The use before this is over. (Use 0 waits for odd, which passes at once.)
+            mbarrier.wait(empty.index(stage), 1 - phase)
             if B_PER == 1:
-                # Four neighbours (16 bytes) a thread, 32 threads, one warp, along the only axis.
+                # 32 threads of one warp, four columns each, twice: 256 columns along one axis.
                 lanes: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
                 column = col + gl.arange(0, _WIDE, layout=lanes)
                 # Columns past N are never stored: any place that exists will do.
                 _copy(scale_ring.index(stage), b_scale + k * N + gl.minimum(column, N - 1))
-                # Each thread adds an arrival to those that the phase needs, and makes it when its
-                # scales are there.
+                # Each thread adds one to the arrivals that this phase needs, and arrives when its
+                # scales are there: the barrier's own count of 1, for `expect`, stays right.
                 async_copy.mbarrier_arrive(left_full)
             # The loader's arrival, which announces bytes: with them the phase is complete. Rows of
             # b past N are those of the next expert, or zeros; their products are not stored.
@@ -1059,11 +1065,11 @@ def _loader(a, b, b_scale, ring, problem, tiles,
 
 @gluon.jit
 def _pin(x):
-    """x, and the compiler may not compute it later than here.
+    """Keeps the compiler from computing x later than here. Returns x.
 
-    It sees an instruction that needs x and has unknown effects, so it keeps what makes x before
-    that, and what uses x behind it. The instruction is empty: in the program that runs nothing is
-    left of it. ("=f,0": the result is an fp32 register, the same as the input's.)
+    The compiler sees an instruction that needs x and has unknown effects, so it keeps what makes x
+    before that, and what uses x behind it. The instruction is empty: in the program that runs
+    nothing is left of it. ("=f,0": the result is an fp32 register, the same as the input's.)
     """
     return gl.inline_asm_elementwise("", "=f,0", [x], dtype=gl.float32, is_pure=False, pack=1)
 
@@ -1096,13 +1102,13 @@ def _consumer(consumer: gl.constexpr, a_scale, b_scale, out, buffers, ring, prob
     # in instructions of 16 rows (a warp) x 128 columns x 32 products (FP8).
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     r = consumer * _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, SUM))
-    a_scales = M // A_PER                       # scales of a in one K-step
+    a_scales = M // A_PER                       # how many scales of a there are in one K-step
     b_scales = N // B_PER
     i = 0                                       # K-steps so far, of all tiles
     for tile in range(gl.program_id(0), tiles, PROGRAMS):
         row, col, expert, begin, end = _locate(tile, problem, WGRAD)
-        # Scales are loaded a K-step ahead. The last step loads its own again, and an expert without
-        # rows, which has no step, those of any that exists.
+        # Scales are loaded a K-step ahead; the last step loads its own again. An expert without
+        # rows has no step. Then nobody uses what is loaded here, but the address must exist.
         last = gl.maximum(end - 1, 0)
         first = gl.minimum(begin, last)
         a_scale_at = a_scale + (row + r) // A_PER
@@ -1127,6 +1133,8 @@ def _consumer(consumer: gl.constexpr, a_scale, b_scale, out, buffers, ring, prob
                 next_left = gl.load(left_at + ahead * b_scales)
                 next_right = gl.load(right_at + ahead * b_scales)
             mbarrier.wait(full.index(2 * stage), phase)
+            # The scales of the sums are by_left and by_right: [64, 1] where b has one scale a tile,
+            # [64, 128] where it has one a column.
             if B_PER == _TILE:
                 # Pinned before the products: left alone, the compiler multiplies the scales where
                 # they are used, and then waits for the loads of the next ones between two products.
@@ -1202,7 +1210,8 @@ def _hopper_gemm_kernel(
         a_scale, b_scale, tile_expert, ends, M, N, K, E,
         WGRAD: gl.constexpr, A_PER: gl.constexpr, B_PER: gl.constexpr,
         STAGES: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr):
-    """Grid (PROGRAMS,), one on each multiprocessor, tile after tile. The same bits as level 2."""
+    """Grid (PROGRAMS,), one on each multiprocessor, tile after tile. The same bits as level 2: the
+    same partial sums are promoted in the same order."""
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])     # one axis, nothing swizzled
     a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, _TILE, _TILE], a.layout)
     b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, _WIDE, _TILE], b.layout)
@@ -1214,7 +1223,7 @@ def _hopper_gemm_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(2 * stage), count=1)           # The loader arrives,
         mbarrier.init(full.index(2 * stage + 1), count=1)
-        mbarrier.init(empty.index(stage), count=2)              # and each consumer, once.
+        mbarrier.init(empty.index(stage), count=2)              # and each consumer, as one.
     hopper.fence_async_shared()         # The copy engine must see the barriers as they are now.
     n_tiles = gl.cdiv(N, _WIDE)
     if WGRAD:

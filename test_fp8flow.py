@@ -41,6 +41,7 @@ from pathlib import Path
 import pytest
 import triton
 import triton.language as tl
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8flow
@@ -1780,7 +1781,8 @@ def test_finished_runs_are_reused_refused_or_cleared(small_train, capsys):
     assert "bf16, seed 0 has finished before" in capsys.readouterr().out
     assert Path("x/bf16/log.csv").read_bytes() == log
     assert [row["recipe"] for row in read_log("x/compare.csv")] == ["bf16", "flow"]
-    for changes, says in ((["--lr", "1e-3"], "lr=0.004, not 0.001"), (["--seed", "1"], "seed=0")):
+    for changes, says in ((["--lr", "1e-3"], "lr=0.004, not 0.001"), (["--seed", "1"], "seed=0"),
+                          (["--compile"], "compile=False, not True")):
         with pytest.raises(SystemExit):
             small_train("--recipe", "bf16", "--steps", 3, "--out", "x", "--resume", *changes)
         assert says in capsys.readouterr().err.splitlines()[-1]
@@ -1860,9 +1862,12 @@ def test_weights_are_cast_around_the_micro_batches(monkeypatch):
 def test_in_a_thread_and_sampling(files, small_train, monkeypatch, capsys):
     """A notebook calls main(...) where no signal handler may be set; then its model continues."""
     codes = []
-    thread = threading.Thread(target=lambda: codes.append(small_train("--steps", 2, "--out", "x")))
-    thread.start()
-    thread.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        thread = threading.Thread(
+            target=lambda: codes.append(small_train("--steps", 2, "--out", "x")))
+        thread.start()
+        thread.join()
     assert codes == [0]
     generate = model.GPT.generate
     monkeypatch.setattr(model.GPT, "generate",
@@ -2099,6 +2104,48 @@ def test_probe_sees_the_tensors_of_a_training(twins_on_cpu, monkeypatch, tmp_pat
     x, _, dy, _ = probe.probe(gpt, text[:1032].view(8, 129).long().to(DEVICE), 1)
     assert 1 < x["amax"] < 10 and dy["amax"] < 0.01     # normalised; the gradient of a mean
     assert all(weight.grad is None for weight in gpt.parameters())
+
+
+SMALL = bench.Size(T=320, D=128, F=256, E=4, k=2)
+
+
+def test_pictures_fit_a_page(twins_on_cpu, monkeypatch, tmp_path, capsys):
+    """900 pixels wide, below 150 kB, several in one command. (layer: see the test of bench.)"""
+    monkeypatch.setattr(draw, "ASSETS", tmp_path)
+    monkeypatch.setitem(draw.PICTURES, "bytes", lambda folder: draw.draw_bytes(folder, SMALL))
+    names = [name for name in draw.PICTURES if name != "layer"]
+    draw.main(names)
+    assert capsys.readouterr().out.count("drawn: ") == len(names) == 5
+    for name in names:
+        path = tmp_path / f"{name}.png"
+        assert Image.open(path).width == 900 and path.stat().st_size < 150_000
+
+
+def test_bytes_are_those_of_the_trace(twins_on_cpu):
+    """Zeros in place of products change no byte, and each launch is of one kind."""
+    for spec, casts in (("naive", 12), ("flow", 2)):
+        launches = trace.launches_of(spec, SMALL, "cpu")
+        expected = dict.fromkeys(bench.SHARES, 0.0)
+        for launch in launches:
+            expected[draw.kind_of_launch(launch)] += launch.bytes() / 1e6
+        assert draw.megabytes_of(spec, SMALL) == pytest.approx(list(expected.values()))
+        kinds = [draw.kind_of_launch(launch) for launch in launches]
+        assert [kinds.count(kind) for kind in ("GEMM", "transpose", "SwiGLU", "cast", "other")] == [
+            6, 4, 2, casts, 0]
+
+
+def test_grid_is_that_of_e4m3():
+    """README's example: 1.07 once, and again at two scales."""
+    assert draw.rounded(1.07, 1.0) == draw.rounded(1.125, 0.5) == 1.125
+    assert draw.rounded(1.125, 0.7) == pytest.approx(1.1375)
+    assert draw.rounded(1.07, 0.7) == pytest.approx(1.05)
+    assert draw.codes_between(0.9, 1.2, 0.5) == [1.875, 2.0, 2.25]
+    every = draw.codes_between(-500, 500, 1.0)
+    assert len(every) == 254 and max(every) == kernels.E4M3_MAX
+    for x in torch.linspace(1, 2, 50).tolist():
+        nearest = min(abs(code * 0.7 - x) for code in every)
+        assert abs(draw.rounded(x, 0.7) - x) == pytest.approx(nearest, abs=1e-6)
+
 
 
 if __name__ == "__main__":              # what the tests above start in processes of their own

@@ -163,15 +163,16 @@ def draw_windows(text: Tensor, seed: int, step: int, preset: Preset) -> Tensor:
     return windows_at(text, starts.to(text.device, non_blocking=True), preset.seq_len)
 
 
-def codes_of(text: Tensor, order: int):
-    """The number that each byte makes with the `order` bytes before it, a piece at a time: for
-    100 MB of text a single tensor would take 800 MB, and so would each step on the way to it."""
+def numbers_of(text: Tensor, order: int):
+    """The number that each byte makes with the `order` bytes before it (order 1: 256 * the one
+    before + this one), a piece at a time: for 100 MB of text a single tensor would take 800 MB, and
+    so would each step on the way to it."""
     for start in range(order, len(text), PIECE):
         end = min(start + PIECE, len(text))
-        code = torch.zeros(end - start, dtype=torch.int64)
+        number = torch.zeros(end - start, dtype=torch.int64)
         for back in range(order, -1, -1):
-            code = 256 * code + text[start - back:end - back]
-        yield code
+            number = 256 * number + text[start - back:end - back]
+        yield number
 
 
 def table_loss(train: Tensor, val: Tensor, order: int) -> float:
@@ -179,12 +180,12 @@ def table_loss(train: Tensor, val: Tensor, order: int) -> float:
     must beat. A table holds how often each byte follows each `order` bytes in `train`, and 0.1
     more, so that nothing is impossible."""
     counts = torch.zeros(256 ** (order + 1), dtype=torch.int64)
-    for code in codes_of(train, order):
-        counts += torch.bincount(code, minlength=len(counts))
+    for number in numbers_of(train, order):
+        counts += torch.bincount(number, minlength=len(counts))
     totals = counts.view(-1, 256).sum(1)
     nats = 0.0
-    for code in codes_of(val, order):
-        probability = (counts[code] + 0.1) / (totals[code // 256] + 256 * 0.1)
+    for number in numbers_of(val, order):
+        probability = (counts[number] + 0.1) / (totals[number // 256] + 256 * 0.1)
         nats -= probability.log().double().sum().item()
     return nats / (len(val) - order)
 
@@ -228,13 +229,16 @@ class Run:
     digest: str             # of the data
     device: str
     compile: bool
+    deterministic: bool
     row: dict | None = None     # of the table, once the run has finished
 
     @property
     def config(self) -> dict:
-        """What makes a run this one. (Its last bits also depend on the machine, the versions, and
-        --compile and --deterministic.)"""
-        return {"spec": self.spec, "seed": self.seed, "data": self.digest, **asdict(self.preset)}
+        """What must be equal for a run to go on. (Its last bits also depend on the machine and on
+        the versions of its packages.)"""
+        return {"spec": self.spec, "seed": self.seed, "data": self.digest, "device": self.device,
+                "compile": self.compile, "deterministic": self.deterministic,
+                **asdict(self.preset)}
 
 
 def backward(model: GPT, window: Tensor, share: float) -> Tensor:
@@ -249,8 +253,10 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, windows: Tensor, lr
     the host wait."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with weights_cast_once(model):
-        losses = [backward(model, window, 1 / len(windows)) for window in windows]
+    losses = []
+    with weights_cast_once(model):      # for all micro-batches, not in each call of the experts
+        for window in windows:
+            losses.append(backward(model, window, 1 / len(windows)))
     norms = torch.stack([weight.grad.norm() for weight in model.parameters()])
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, norms.norm())
     optimizer.step()
@@ -259,8 +265,9 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, windows: Tensor, lr
 
 
 def memory_by_kind(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """What the peak of the GPU's memory consists of, in GB. There are as many gradients as weights
-    at the peak, whatever there is now."""
+    """What the peak of the GPU's memory consisted of, in GB. There were as many gradients as
+    weights then, though none are left now, and copies of the weights, which are made once more to
+    be measured."""
     peak = torch.cuda.max_memory_allocated()
     before = torch.cuda.memory_allocated()
     with weights_cast_once(model):
@@ -275,7 +282,7 @@ def memory_by_kind(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, fl
 
 
 def first_not_finite(model: GPT, loss: float, norms: list[float]) -> str:
-    """"loss", or the first weight whose gradient is not finite, or ""."""
+    """Names the loss, or the first weight whose gradient is not finite; "" if all are finite."""
     if not math.isfinite(loss):
         return "loss"
     for (name, _), norm in zip(model.named_parameters(), norms):
@@ -327,7 +334,8 @@ def train(run: Run, data: Data, heard: list[int]) -> dict:
     """Trains one model, from its checkpoint if there is one, and returns its row of the table.
 
     `heard` is empty until a signal comes. Then the step ends, a checkpoint is saved, and
-    KeyboardInterrupt is raised. Raises FloatingPointError for a loss or gradient that is not
+    KeyboardInterrupt is raised. (In the last step there is nothing to save: the run has finished,
+    and no further one is begun.) Raises FloatingPointError for a loss or gradient that is not
     finite.
     """
     preset = run.preset
@@ -347,7 +355,8 @@ def train(run: Run, data: Data, heard: list[int]) -> dict:
     if run.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    bar = tqdm(total=preset.steps, initial=steps_done, desc=run.spec, unit="step")
+    bar = tqdm(total=preset.steps, initial=steps_done, desc=run.spec, unit="step",
+               disable=sys.stderr is None)
     with log.file, bar:
         pending = []                        # what train_step has returned since the last look
         saved_at = time.monotonic()
@@ -358,7 +367,7 @@ def train(run: Run, data: Data, heard: list[int]) -> dict:
             bar.update()
             done = step + 1
             is_last = done == preset.steps
-            must_stop = bool(heard) and not is_last         # After its last step it has finished.
+            must_stop = bool(heard) and not is_last
             must_validate = is_last or done % preset.val_every == 0
             if must_stop or must_validate or done % LOG_EVERY == 0:
                 results = torch.stack(pending).tolist()     # Here the host waits for the device.
@@ -373,7 +382,7 @@ def train(run: Run, data: Data, heard: list[int]) -> dict:
                 log.write(rows)
                 bar.set_postfix(loss=rows[-1]["loss"], refresh=False)
                 long_ago = time.monotonic() - saved_at > CHECKPOINT_SECONDS
-                if must_stop or long_ago and not is_last:
+                if must_stop or (long_ago and not is_last):
                     save_checkpoint(run, model, optimizer, done)
                     saved_at = time.monotonic()
                 if must_stop:
@@ -381,17 +390,16 @@ def train(run: Run, data: Data, heard: list[int]) -> dict:
                 pending = []
                 lap_began = time.perf_counter()     # Neither validation nor checkpoint is training.
 
-    print(f"  val loss {val_loss:.4f}, {log.tokens_per_s():,.0f} tokens/s; in {run.folder}")
-    peak = math.nan
-    if run.device == "cuda":
-        memory = memory_by_kind(model, optimizer)
-        peak = sum(memory.values())
-        for name, size in memory.items():
-            print(f"  {size:6.2f} GB {name}")
+    memory = memory_by_kind(model, optimizer) if run.device == "cuda" else {}
     row = {"recipe": run.spec, "casts": casts, "val_loss": val_loss,
-           "tokens_per_s": log.tokens_per_s(), "peak_mem_gb": peak, "seed": run.seed}
+           "tokens_per_s": log.tokens_per_s(), "peak_mem_gb": sum(memory.values()) or math.nan,
+           "seed": run.seed}
+    # Saved before anything is printed: a pipe that nobody reads any more must not cost the weights.
     save(run.folder / "model.pt", {"model": model.state_dict(), "config": run.config, "row": row})
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"  val loss {val_loss:.4f}, {log.tokens_per_s():,.0f} tokens/s; in {run.folder}")
+    for name, size in memory.items():
+        print(f"  {size:6.2f} GB {name}")
     return row
 
 
@@ -418,21 +426,23 @@ def save(path: Path, contents: dict) -> None:
         torch.save(contents, beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:            # torch.save raises either on a full disk
-        raise OSError(f"{path} cannot be written and is what it was ({error}): is the disk full?")
+        raise OSError(f"{path} cannot be written, what was there is untouched ({error}): is the "
+                      "disk full?")
     finally:
         beside.unlink(missing_ok=True)
 
 
 def save_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """All that a run needs to go on to the same bits: windows and learning rate follow from the
-    number of the step, and training draws no other random numbers."""
+    """All that a run needs to go on to the same bits (on a GPU with --deterministic): windows and
+    learning rate follow from the number of the step, and training draws no other random numbers."""
     save(run.folder / "checkpoint.pt", {
         "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
         "config": run.config})
 
 
 def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> int:
-    """Goes back to the checkpoint, if there is one. Returns how many steps are done."""
+    """Goes back to the checkpoint, if there is one (`check_folder` has seen that it is this run's).
+    Returns how many steps are done."""
     path = run.folder / "checkpoint.pt"
     if not path.exists():
         return 0
@@ -462,9 +472,9 @@ def read_saved(path: Path, argument: str) -> dict:
     return saved
 
 
-def look_for(run: Run) -> None:
-    """For --resume: takes the row of a run that has finished. Raises ValueError where the folder
-    holds another run."""
+def check_folder(run: Run) -> None:
+    """For --resume: raises ValueError where the folder holds another run, and takes the row of this
+    one, if it has finished."""
     for path in (run.folder / "model.pt", run.folder / "checkpoint.pt"):
         if path.exists():
             saved = read_saved(path, "--resume:")
@@ -554,7 +564,8 @@ def draw_losses(runs: list[Run], path: Path) -> None:
         ratios = [smooth(losses[seed]) / smooth(curves["bf16"][seed]) for seed in shared]
         if ratios and spec != "bf16":
             difference = 100 * (np.mean(ratios, axis=0) - 1)
-            last_steps = range(run.preset.steps - len(difference), run.preset.steps)
+            steps = runs[0].preset.steps
+            last_steps = range(steps - len(difference), steps)
             below.plot(last_steps, difference, f"C{color}", linewidth=1)
     above.set(ylabel="training loss (nats a byte)")
     above.legend()
@@ -653,25 +664,46 @@ def preset_of(args) -> Preset:
 
 def folder_of(args) -> Path:
     """--out, or the next free out/N, made and ready to be written to."""
-    if args.out is None:
-        if args.resume or args.overwrite:
-            raise ValueError("--resume and --overwrite need --out: name the folder")
-        Path("out").mkdir(exist_ok=True)
-        for number in itertools.count(1):
-            out = Path("out", str(number))
-            with contextlib.suppress(FileExistsError):      # also where another process was faster
-                out.mkdir()
-                return out
-    out = Path(args.out)
-    if args.resume and not out.is_dir():
+    if args.out is None and (args.resume or args.overwrite):
+        raise ValueError("--resume and --overwrite need --out: name the folder")
+    if args.resume and not Path(args.out).is_dir():
         raise ValueError(f"--resume: --out {args.out!r} is no folder: name one")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out = next_free_folder() if args.out is None else Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {args.out or 'out'!r} cannot be written ({error.strerror}): name "
+                         "another one")
     if args.overwrite:
         clear(out)
     elif any(out.iterdir()) and not args.resume:
         raise ValueError(f"--out {args.out!r} is not empty: give --resume to go on, --overwrite to "
                          "start over, or another folder")
     return out
+
+
+def next_free_folder() -> Path:
+    Path("out").mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        out = Path("out", str(number))
+        with contextlib.suppress(FileExistsError):      # also where another process was faster
+            out.mkdir()
+            return out
+
+
+def runs_in(out: Path, specs: list[str], preset: Preset, data: Data, args) -> list[Run]:
+    """What is to be trained, and with --resume what has been."""
+    runs = []
+    seeds = range(args.seeds) if args.seeds else [args.seed]
+    for seed in seeds:
+        parent = out / f"seed-{seed}" if args.seeds else out
+        for spec in specs:
+            run = Run(spec, seed, parent / spec, preset, data.digest, args.device, args.compile,
+                      args.deterministic)
+            if args.resume:
+                check_folder(run)
+            runs.append(run)
+    return runs
 
 
 def clear(out: Path) -> None:
@@ -756,27 +788,23 @@ def train_all(runs: list[Run], data: Data, out: Path) -> int:
 def main(argv=None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
+    saved = None
+    runs = []
     try:
         check_arguments(args)
         if args.sample is not None:
-            sample(read_saved(Path(args.sample, "model.pt"), "--sample"), args)
-            return 0
-        specs = specs_of(args)
-        preset = preset_of(args)
-        data = read_data(args.data, preset.seq_len)
-        out = folder_of(args)
-        runs = []
-        for seed in range(args.seeds) if args.seeds else [args.seed]:
-            parent = out / f"seed-{seed}" if args.seeds else out
-            for spec in specs:
-                run = Run(spec, seed, parent / spec, preset, data.digest, args.device, args.compile)
-                if args.resume:
-                    look_for(run)
-                runs.append(run)
+            saved = read_saved(Path(args.sample, "model.pt"), "--sample")
+        else:
+            specs = specs_of(args)
+            preset = preset_of(args)
+            data = read_data(args.data, preset.seq_len)
+            out = folder_of(args)
+            runs = runs_in(out, specs, preset, data, args)
     except ValueError as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"--out {args.out!r} cannot be written ({error.strerror}): name another one")
+    if saved is not None:
+        sample(saved, args)
+        return 0
 
     machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"torch {torch.__version__}, triton {triton.__version__}, {machine}; writing to {out}")
@@ -787,9 +815,9 @@ def main(argv=None) -> int:
     print(f"a table of byte pairs reaches {pairs:.3f} nats a byte on the validation text, one of "
           f"triples {triples:.3f}")
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS asks for this.
         torch.use_deterministic_algorithms(True)
-        # Nothing here reads memory that nobody has written: to fill it would only take time.
+        # PyTorch would then fill new tensors, which takes time; nothing here reads them unwritten.
         torch.utils.deterministic.fill_uninitialized_memory = False
 
     asked = sys.argv[1:] if argv is None else argv

@@ -156,7 +156,7 @@ def main(argv=None) -> None:
             raise ValueError(f"N {args.every} is more than the {preset.steps} steps of the "
                              "training: give fewer, or more --steps")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        open(path, "a").close()             # Fails for a folder, too.
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

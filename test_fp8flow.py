@@ -50,7 +50,7 @@ import model
 import train as train_py
 from fp8flow import sqnr
 from kernels import BLOCK, FP8, SCALE_MIN, QTensor
-from tools import bench, draw, probe, trace
+from tools import bench, draw, probe, trace, walk
 
 DEVICE = "cuda" if CUDA else "cpu"
 ROOT = Path(__file__).parent
@@ -2145,6 +2145,45 @@ def test_grid_is_that_of_e4m3():
     for x in torch.linspace(1, 2, 50).tolist():
         nearest = min(abs(code * 0.7 - x) for code in every)
         assert abs(draw.rounded(x, 0.7) - x) == pytest.approx(nearest, abs=1e-6)
+
+
+def test_the_walk_shows_every_case(twins_on_cpu, capsys):
+    """What its sentences claim, by the functions that it prints from."""
+    walk.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    shown = [re.sub("  +", "|", line.strip()) for line in lines]
+    x = walk.toy_tile()
+    fp32 = kernels.quantize(x, "fp32")
+    pow2 = kernels.quantize(x, "pow2")
+    is_other = (fp32.data.float() != pow2.data.float()).any(1)
+    assert is_other.nonzero().tolist() == [[2]]                 # Step 2: row 2 alone changes.
+    # Step 4: with powers of two nothing is rounded again, and with fp32 scales 1.07 is.
+    assert torch.equal(walk.worth(kernels.requantize(pow2)), kernels.dequantize(pow2))
+    second = walk.worth(kernels.requantize(fp32, "fp32"))[1, 2].item()
+    assert second == pytest.approx(1.1375) and f"is worth {second:.4f}." in " ".join(lines)
+    assert "1.125 / 0.35 = 3.214, the nearest code is 3.25" in " ".join(lines)
+    assert "its code is 3, worth 1.05." in " ".join(lines)
+    # Step 5: every element outside the last row is exact, which has each of the other fates.
+    after = walk.worth(kernels.scaling_aware_transpose(pow2))
+    subnormal = "rounded, subnormal"
+    last = ["exact", subnormal, subnormal, "flushed to zero"]
+    for r, (k, expected) in enumerate(zip((0, 1, 2, 14), 3 * [4 * ["exact"]] + [last])):
+        assert list(map(walk.fate, kernels.dequantize(pow2)[r, :4], after[r, :4])) == expected
+        assert "|".join([f"row {r} k={k}", *expected]) in shown
+    # Whole rows: row-wise with both scales, requantized with both, direct.
+    for row in ("row 2|0.35|160 0 1110 010|0.875 0 0110 110|448 0 1111 110|5.5 0 1001 011",
+                "row 2|2^-1|112 0 1101 110|0.625 0 0110 010|320 0 1111 010|3.75 0 1000 111",
+                "row 1|144 0 1110 001|448 0 1111 110|3.25 0 1000 101|88 0 1101 011",
+                "row 1|144 0 1110 001|448 0 1111 110|2.25 0 1000 001|88 0 1101 011",
+                "row 3|0.027344 0 0001 110|0.011719 0 0000 110|0.0039062 0 0000 010|0 0 0000 000"):
+        assert row in shown
+    errors = [line.replace("|", " ").split() for line in lines if line.count("|") == 1]
+    assert [(row[2], row[6]) for row in errors[1::5]] == 3 * [("0", "0")]       # 896: exact
+    assert [(row[4], row[8]) for row in errors[2::5]] == [                      # 1.07
+        ("+5.1%", "+5.1%"), ("+6.3%", "+5.1%"), ("+5.1%", "+5.1%")]
+    assert shown[-5].startswith("requantized, fp32 scales|28.72|3.67%")
+    assert shown[-2].startswith("direct transpose, pow2|31.46|2.67%")
 
 
 

@@ -39,7 +39,8 @@ codes or vanish.) That leaves one dataflow with switches:
 
 Q(X) at the entry of forward and Q(dY) at the entry of backward are left: 2 casts. Between the two
 values of `transpose` lies `fused`: DQ, transpose and Q' in one launch, a requantization (RQ), which
-counts as one cast a tensor. It costs as little as the direct transpose, and rounds twice.
+counts as one cast a tensor. It moves as few bytes as the direct transpose, and with fp32 scales it
+rounds twice.
 
 Reading order: Recipe, Plan, the layer's definition, the switches, FP8Experts; then `experts` and
 `Experts`, the layer for other people's models.
@@ -170,8 +171,11 @@ def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan
         sorted by expert   expert 0: token 1 | expert 1: tokens 0, 2
         slots              1 . . . | 0 2 . . | . . . .        token (dots are -1)
                            slot = [[4], [0], [5]]
+                           pair = [1 . . .   0 2 . .   . . . .]: with k = 1 the token
         tiles              0         1         -1             tile_expert
                            ends = [4, 8], counts = [1, 2]
+        unpadded rows      1 0 2
+                           row_of_slot = [0 . . .   1 2 . .   . . . .]
 
     Raises ValueError for other shapes and dtypes, on a CPU for values out of range, too; on a GPU,
     where reading them is a sync, `gather` meets those with a device-side assertion.
@@ -352,8 +356,9 @@ class FP8Experts(torch.autograd.Function):
         y = kernels.grouped_gemm(a, operands.w2, plan.tile_expert, plan.ends)
         y = unpermute(y, plan, recipe)
 
-        # A is kept only where to make it again is a cast. What is saved is freed as soon as
-        # backward has used it; an attribute would live on.
+        # Kept for backward: X in FP8, unpermuted (flow) or permuted (naive); H in bf16; W1^T and
+        # W2^T; A only where to make it again from H would be a cast (naive). What is saved is
+        # freed as soon as backward has used it; an attribute would live on.
         x = x if gathers_in_transpose(recipe) else x_slots
         a_kept = (a.data, a.scale) if recipe.swiglu == "unfused" else (None, None)
         ctx.save_for_backward(x.data, x.scale, h, *a_kept, prob, operands.w1_t.data,
@@ -579,7 +584,11 @@ class Place(NamedTuple):
 
 
 def place_in_layer() -> Place | None:
-    """The line of the layer that is running now, None outside; found by walking up the calls."""
+    """The line of the layer that is running now, None outside.
+
+    So the layer needs no line that says what it works on: whoever counts or traces walks up the
+    calls to the layer, and reads there what stands left of `=`.
+    """
     inside_column_wise = False
     frame = sys._getframe(1)
     while frame is not None:

@@ -504,12 +504,12 @@ def _requantize_kernel(
 
 def requantize(q: QTensor, scales: str = "pow2", tile_expert: Tensor | None = None) -> QTensor:
     """Row-wise FP8 [M, C] -> column-wise FP8 [C, M] in one launch: dequantize, take the amax along
-    the other axis, quantize, store transposed. It moves as few bytes as the direct transpose, and
-    still rounds twice.
+    the other axis, quantize, store transposed. It moves as few bytes as the direct transpose.
 
     M and C are multiples of 128; q has 1x128 blocks of either policy -> 1x128 blocks,
-    scale [M/128, C]. With powers of two the codes are those of naive's three launches. With fp32
-    scales the three launches round once more, to bf16 between the casts.
+    scale [M/128, C]. With fp32 scales every element is rounded a second time (and by naive's three
+    launches a third time, to bf16 between the casts). With powers of two it is not, and the codes
+    are those of the three launches.
     tile_expert [M/128] int32: skip tiles marked -1; what they hold stays undefined.
     """
     check_choice("scales", scales, SCALES)

@@ -9,6 +9,7 @@
 
 Bytes are tokens. A run writes OUT/SPEC/log.csv, a row a step, and model.pt at its end (with --seeds
 in OUT/seed-N/SPEC), then come OUT/compare.csv and OUT/loss.png. Without --out, OUT is out/N.
+For the training itself read `train_step` and `train`; around them stand data, files and arguments.
 """
 import argparse
 import contextlib

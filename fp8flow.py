@@ -356,16 +356,17 @@ class FP8Experts(torch.autograd.Function):
         y = kernels.grouped_gemm(a, operands.w2, plan.tile_expert, plan.ends)
         y = unpermute(y, plan, recipe)
 
-        # Kept for backward: X in FP8, unpermuted (flow) or permuted (naive); H in bf16; W1^T and
-        # W2^T; A only where to make it again from H would be a cast (naive). What is saved is
-        # freed as soon as backward has used it; an attribute would live on.
+        # Kept for backward: X in FP8, unpermuted where the transpose can gather (flow), else
+        # permuted; H in bf16; W1^T and W2^T; A only where to make it again from H would be a cast
+        # (naive). What is saved is freed as soon as backward has used it; an attribute would live
+        # on.
         x = x if gathers_in_transpose(recipe) else x_slots
         a_kept = (a.data, a.scale) if recipe.swiglu == "unfused" else (None, None)
         ctx.save_for_backward(x.data, x.scale, h, *a_kept, prob, operands.w1_t.data,
                               operands.w1_t.scale, operands.w2_t.data, operands.w2_t.scale)
         ctx.plan = plan
         ctx.recipe = recipe
-        ctx.master_dtype = w1.dtype
+        ctx.wgrad_dtype = wgrad_dtype(w1.dtype)
         return y
 
     @staticmethod
@@ -394,10 +395,10 @@ class FP8Experts(torch.autograd.Function):
         if wants_dw1 or wants_dw2:
             dy = column_wise(dy, plan, recipe)                          # naive 5 6: DQ(dY) Q'(dY)
             a = column_wise(a, plan, recipe)                            # naive 7 8: DQ(A) Q'(A)
-            dw2 = kernels.grouped_wgrad(dy, a, plan.ends, wgrad_dtype(ctx.master_dtype))
+            dw2 = kernels.grouped_wgrad(dy, a, plan.ends, ctx.wgrad_dtype)
             dh = column_wise(dh, plan, recipe)                          # naive 9 10: DQ(dH) Q'(dH)
             x = kept_column_wise(x, plan, recipe)                       # naive 11 12: DQ(X) Q'(X)
-            dw1 = kernels.grouped_wgrad(dh, x, plan.ends, wgrad_dtype(ctx.master_dtype))
+            dw1 = kernels.grouped_wgrad(dh, x, plan.ends, ctx.wgrad_dtype)
         return dx, dprob[plan.slot], dw1, dw2, None, None, None     # none for the last three
 
 

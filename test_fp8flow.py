@@ -1752,9 +1752,9 @@ def test_long_runs_keep_a_checkpoint(small_train, monkeypatch):
             before_step(patch, 15, run_out_of_memory)
             small_train("--out", out)
     assert os.listdir("short/flow") == ["log.csv"]
-    assert torch.load("long/flow/checkpoint.pt")["step"] == 10
+    assert torch.load("long/flow/checkpoint.pt")["step"] == 14
     with open("long/flow/log.csv", "a") as log:
-        log.write("10,9.9,nan,1.0,1.0,1.0,1.0\n")                   # a step after the checkpoint
+        log.write("14,9.9,nan,1.0,1.0,1.0,1.0\n")                   # a step after the checkpoint
     assert small_train("--out", "long", "--resume") == 0
     assert [int(row["step"]) for row in read_log("long/flow/log.csv")] == list(range(24))
 
@@ -1853,7 +1853,8 @@ def test_weights_are_cast_around_the_micro_batches(monkeypatch):
     once = train_py.train_step(gpt, optimizer, window, 0.0)         # leaves the weights as they are
     events.clear()
     twice = train_py.train_step(gpt, optimizer, window.expand(2, -1, -1), 0.0)
-    assert torch.allclose(once, twice, rtol=1e-3)                   # a mean over the micro-batches
+    assert once[:2] == pytest.approx(twice[:2], rel=1e-3)           # means over the micro-batches
+    assert once[2] == pytest.approx(twice[2], rel=1e-3)
     assert events == ["cast", "forward", "forward", "drop", "step"]
     assert all(weight.grad is None for weight in gpt.parameters())
     events.clear()
@@ -1889,16 +1890,16 @@ def test_compile_is_for_what_is_not_the_experts(small_train, monkeypatch):
 
 
 @pytest.mark.skipif(not CUDA, reason="asks CUDA who waits")
-def test_no_step_waits_for_the_gpu():
+def test_no_micro_batch_waits_for_the_gpu():
     preset = train_py.PRESETS["tiny"]
     gpt = model.GPT(preset, fp8flow.RECIPES["flow"]).cuda()
-    optimizer = torch.optim.AdamW(gpt.parameters(), fused=True)
     text = torch.zeros(1000, dtype=torch.uint8, device="cuda")
     for mode in ("default", "error"):                               # the first one compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
             windows = train_py.draw_windows(text, 0, 0, preset)
-            train_py.train_step(gpt, optimizer, windows, 1e-3)
+            with fp8flow.weights_cast_once(gpt):
+                train_py.backward(gpt, windows[0], 1.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

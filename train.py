@@ -81,9 +81,7 @@ BALANCE = 0.1               # weight of the load-balancing loss: runs are short,
 CLIP = 1.0                  # largest gradient norm
 WARMUP = 0.1                # the learning rate rises in this first share of the steps
 LEVEL = 0.2                 # the learning rate stays low in this last share of the steps
-LOG_EVERY = 10              # steps between two reads of the losses from the device
-LOG_FIELDS = ["step", "loss", "val_loss", "tokens_per_s", "lr", "grad_norm", "balance",
-              "not_finite"]
+LOG_FIELDS = ["step", "loss", "val_loss", "tokens_per_s", "lr", "grad_norm", "balance"]
 CHECKPOINT_SECONDS = 300    # a shorter run writes none, unless it is stopped
 HELD_OUT = 20               # one file in so many is for validation
 HEAD = 8192                 # a file with a zero byte among the first 8192 is no text
@@ -165,14 +163,14 @@ def draw_windows(text: Tensor, seed: int, step: int, preset: Preset) -> Tensor:
 
 
 def numbers_of(text: Tensor, order: int):
-    """The number that each byte makes with the `order` bytes before it (order 1: 256 * the one
-    before + this one), a piece at a time: for 100 MB of text a single tensor would take 800 MB, and
-    so would each step on the way to it."""
-    for start in range(order, len(text), PIECE):
-        end = min(start + PIECE, len(text))
-        number = torch.zeros(end - start, dtype=torch.int64)
-        for back in range(order, -1, -1):
-            number = 256 * number + text[start - back:end - back]
+    """Reads each byte and the `order` bytes before it as one number in base 256. Yields them in
+    pieces: for 100 MB of text, a tensor of all numbers would take 800 MB."""
+    for start in range(0, len(text) - order, PIECE):
+        piece = text[start:start + PIECE + order].long()
+        length = len(piece) - order
+        number = torch.zeros(length, dtype=torch.int64)
+        for digit in range(order + 1):
+            number = 256 * number + piece[digit:digit + length]
         yield number
 
 
@@ -231,7 +229,7 @@ class Run:
     device: str
     compile: bool
     deterministic: bool
-    row: dict | None = None     # of the table, once the run has finished
+    result: dict | None = None  # what the table shows, once the run has finished
 
     @property
     def config(self) -> dict:
@@ -249,9 +247,10 @@ def backward(model: GPT, window: Tensor, share: float) -> Tensor:
     return torch.stack([loss, balance]).detach()
 
 
-def train_step(model: GPT, optimizer: torch.optim.Optimizer, windows: Tensor, lr: float) -> Tensor:
-    """[loss, balance, the norm of each weight's gradient], left on the device: to read them makes
-    the host wait."""
+def train_step(model: GPT, optimizer: torch.optim.Optimizer, windows: Tensor,
+               lr: float) -> tuple[float, float, dict[str, float]]:
+    """One step on windows [accumulate, batch, seq_len + 1]. Returns the loss, the load-balancing
+    loss, and the norm of each weight's gradient by the weight's name."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     losses = []
@@ -262,7 +261,115 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, windows: Tensor, lr
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, norms.norm())
     optimizer.step()
     optimizer.zero_grad()
-    return torch.cat([torch.stack(losses).mean(0), norms])
+    loss, balance = torch.stack(losses).mean(0).tolist()    # Here the host waits for the device.
+    names = [name for name, _ in model.named_parameters()]
+    return loss, balance, dict(zip(names, norms.tolist()))
+
+
+def check_finite(step: int, loss: float, norms: dict[str, float], val_loss: float | None) -> None:
+    """Raises FloatingPointError, which names the first that is not finite."""
+    values = {"loss": loss}
+    for name, norm in norms.items():
+        values[f"gradient of {name}"] = norm
+    if val_loss is not None:
+        values["validation loss"] = val_loss
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the {name} of step {step} is not finite: lower --lr")
+
+
+def make_model(run: Run) -> tuple[GPT, torch.optim.Optimizer]:
+    torch.manual_seed(run.seed)
+    model = GPT(run.preset, parse_spec(run.spec)).to(run.device)
+    if run.compile:
+        for block in model.blocks:
+            block.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1,
+                                  fused=True)
+    return model, optimizer
+
+
+def train(run: Run, data: Data, stop: threading.Event) -> dict:
+    """Trains one model, from its checkpoint if there is one, and returns its row of the table.
+
+    Once `stop` is set, the step ends, a checkpoint is saved, and KeyboardInterrupt is raised. (Not
+    in the last step: after it the run has finished.) Raises FloatingPointError for a loss or
+    gradient that is not finite.
+    """
+    preset = run.preset
+    train_text = data.train.to(run.device)
+    val_text = data.val.to(run.device)
+    model, optimizer = make_model(run)
+    casts = print_model(run, model, train_text)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    steps_done = load_checkpoint(run, model, optimizer)
+    rows = read_log(run)[:steps_done]           # Steps after the checkpoint are done again.
+    if run.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    bar = tqdm(range(steps_done, preset.steps), initial=steps_done, total=preset.steps,
+               desc=run.spec, unit="step", disable=sys.stderr is None)
+    with bar, open(run.folder / "log.csv", "w", newline="") as file:
+        log = csv.DictWriter(file, LOG_FIELDS)
+        log.writeheader()
+        log.writerows(rows)
+        saved_at = time.monotonic()
+        for step in bar:
+            began = time.perf_counter()
+            windows = draw_windows(train_text, run.seed, step, preset)
+            lr = learning_rate(step, preset)
+            loss, balance, norms = train_step(model, optimizer, windows, lr)
+            seconds = time.perf_counter() - began
+
+            is_last = step + 1 == preset.steps
+            val_loss = None
+            if is_last or (step + 1) % preset.val_every == 0:
+                val_loss = validate(model, val_text, preset)
+            rows.append({
+                "step": step, "loss": f"{loss:.6f}",
+                "val_loss": "nan" if val_loss is None else f"{val_loss:.6f}",
+                "tokens_per_s": f"{preset.tokens_per_step / seconds:.1f}", "lr": f"{lr:.3e}",
+                "grad_norm": f"{math.hypot(*norms.values()):.4f}", "balance": f"{balance:.4f}"})
+            log.writerow(rows[-1])
+            file.flush()
+            bar.set_postfix(loss=rows[-1]["loss"], refresh=False)
+            check_finite(step, loss, norms, val_loss)
+
+            must_stop = stop.is_set() and not is_last
+            long_ago = time.monotonic() - saved_at > CHECKPOINT_SECONDS
+            if must_stop or (long_ago and not is_last):
+                save_checkpoint(run, model, optimizer, step + 1)
+                saved_at = time.monotonic()
+            if must_stop:
+                raise KeyboardInterrupt
+
+    # The median, since the first steps compile kernels.
+    speed = statistics.median(float(row["tokens_per_s"]) for row in rows)
+    memory = memory_by_kind(model, optimizer) if run.device == "cuda" else {}
+    result = {"recipe": run.spec, "casts": casts, "val_loss": val_loss, "tokens_per_s": speed,
+              "peak_mem_gb": sum(memory.values()) or math.nan, "seed": run.seed}
+    # Saved before anything is printed: a pipe that nobody reads any more must not cost the weights.
+    save(run.folder / "model.pt", {"model": model.state_dict(), "config": run.config,
+                                   "result": result})
+    (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"  val loss {val_loss:.4f}, {speed:,.0f} tokens/s; in {run.folder}")
+    for name, size in memory.items():
+        print(f"  {size:6.2f} GB {name}")
+    return result
+
+
+def print_model(run: Run, model: GPT, text: Tensor) -> int:
+    """Parameters, and the casts of a layer, counted on a micro-batch that runs for nothing else."""
+    total, active = model.parameter_counts()
+    print(f"\n{run.spec}, seed {run.seed}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M for "
+          f"a token; {run.preset.tokens_per_step} tokens a step")
+    with weights_cast_once(model), count_casts() as casts:
+        backward(model, draw_windows(text, run.seed, 0, run.preset)[0], 1.0)
+    model.zero_grad()
+    casts_per_layer = len(casts) // run.preset.n_layers
+    names = dict.fromkeys(f"{cast.kind}({cast.tensor})" for cast in casts)
+    print(f"  {casts_per_layer} casts in each layer and micro-batch: {', '.join(names) or 'none'}")
+    return casts_per_layer
 
 
 def memory_by_kind(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -280,142 +387,6 @@ def memory_by_kind(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, fl
     rest = peak - 2 * weights - moments - copies
     return {"weights": weights / 1e9, "gradients": weights / 1e9, "optimizer": moments / 1e9,
             "copies of weights for GEMMs": copies / 1e9, "activations and the rest": rest / 1e9}
-
-
-def first_not_finite(model: GPT, loss: float, norms: list[float]) -> str:
-    """Names the loss, or the first weight whose gradient is not finite; "" if all are finite."""
-    if not math.isfinite(loss):
-        return "loss"
-    for (name, _), norm in zip(model.named_parameters(), norms):
-        if not math.isfinite(norm):
-            return f"gradient of {name}"
-    return ""
-
-
-def rows_of(results: list[list[float]], first_step: int, speed: float, model: GPT,
-            preset: Preset) -> list[dict]:
-    """Rows of log.csv from what train_step has returned for consecutive steps."""
-    rows = []
-    for step, (loss, balance, *norms) in enumerate(results, first_step):
-        rows.append({
-            "step": step, "loss": f"{loss:.6f}", "val_loss": math.nan,
-            "tokens_per_s": f"{speed:.1f}", "lr": f"{learning_rate(step, preset):.3e}",
-            "grad_norm": f"{math.hypot(*norms):.4f}", "balance": f"{balance:.4f}",
-            "not_finite": first_not_finite(model, loss, norms)})
-    return rows
-
-
-class Log:
-    """log.csv. A run that goes on after a checkpoint keeps the rows up to that."""
-
-    def __init__(self, run: Run, steps_done: int):
-        self.rows = read_log(run)[:steps_done]
-        self.file = open(run.folder / "log.csv", "w", newline="")
-        self.writer = csv.DictWriter(self.file, LOG_FIELDS)
-        self.writer.writeheader()
-        self.writer.writerows(self.rows)
-        self.file.flush()
-
-    def write(self, rows: list[dict]) -> None:
-        """Raises FloatingPointError for a row that says what is not finite."""
-        self.writer.writerows(rows)
-        self.file.flush()
-        self.rows += rows
-        for row in rows:
-            if row["not_finite"]:
-                raise FloatingPointError(f"the {row['not_finite']} of step {row['step']} is not "
-                                         "finite: lower --lr")
-
-    def tokens_per_s(self) -> float:
-        """The median over the steps: the first ones compile kernels."""
-        return statistics.median(float(row["tokens_per_s"]) for row in self.rows)
-
-
-def train(run: Run, data: Data, heard: list[int]) -> dict:
-    """Trains one model, from its checkpoint if there is one, and returns its row of the table.
-
-    `heard` is empty until a signal comes. Then the step ends, a checkpoint is saved, and
-    KeyboardInterrupt is raised. (In the last step there is nothing to save: the run has finished,
-    and no further one is begun.) Raises FloatingPointError for a loss or gradient that is not
-    finite.
-    """
-    preset = run.preset
-    train_text = data.train.to(run.device)
-    val_text = data.val.to(run.device)
-    torch.manual_seed(run.seed)
-    model = GPT(preset, parse_spec(run.spec)).to(run.device)
-    if run.compile:
-        for block in model.blocks:
-            block.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1,
-                                  fused=True)
-    casts = print_model(run, model, train_text)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    steps_done = load_checkpoint(run, model, optimizer)
-    log = Log(run, steps_done)
-    if run.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-    bar = tqdm(total=preset.steps, initial=steps_done, desc=run.spec, unit="step",
-               disable=sys.stderr is None)
-    with log.file, bar:
-        pending = []                        # what train_step has returned since the last look
-        saved_at = time.monotonic()
-        lap_began = time.perf_counter()
-        for step in range(steps_done, preset.steps):
-            windows = draw_windows(train_text, run.seed, step, preset)
-            pending.append(train_step(model, optimizer, windows, learning_rate(step, preset)))
-            bar.update()
-            done = step + 1
-            is_last = done == preset.steps
-            must_stop = bool(heard) and not is_last
-            must_validate = is_last or done % preset.val_every == 0
-            if must_stop or must_validate or done % LOG_EVERY == 0:
-                results = torch.stack(pending).tolist()     # Here the host waits for the device.
-                seconds = time.perf_counter() - lap_began
-                speed = len(results) * preset.tokens_per_step / seconds
-                rows = rows_of(results, done - len(results), speed, model, preset)
-                if must_validate:
-                    val_loss = validate(model, val_text, preset)
-                    rows[-1]["val_loss"] = f"{val_loss:.6f}"
-                    if not math.isfinite(val_loss) and not rows[-1]["not_finite"]:
-                        rows[-1]["not_finite"] = "validation loss"
-                log.write(rows)
-                bar.set_postfix(loss=rows[-1]["loss"], refresh=False)
-                long_ago = time.monotonic() - saved_at > CHECKPOINT_SECONDS
-                if must_stop or (long_ago and not is_last):
-                    save_checkpoint(run, model, optimizer, done)
-                    saved_at = time.monotonic()
-                if must_stop:
-                    raise KeyboardInterrupt
-                pending = []
-                lap_began = time.perf_counter()     # Neither validation nor checkpoint is training.
-
-    memory = memory_by_kind(model, optimizer) if run.device == "cuda" else {}
-    row = {"recipe": run.spec, "casts": casts, "val_loss": val_loss,
-           "tokens_per_s": log.tokens_per_s(), "peak_mem_gb": sum(memory.values()) or math.nan,
-           "seed": run.seed}
-    # Saved before anything is printed: a pipe that nobody reads any more must not cost the weights.
-    save(run.folder / "model.pt", {"model": model.state_dict(), "config": run.config, "row": row})
-    (run.folder / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"  val loss {val_loss:.4f}, {log.tokens_per_s():,.0f} tokens/s; in {run.folder}")
-    for name, size in memory.items():
-        print(f"  {size:6.2f} GB {name}")
-    return row
-
-
-def print_model(run: Run, model: GPT, text: Tensor) -> int:
-    """Parameters, and the casts of a layer, counted on a micro-batch that runs for nothing else."""
-    total, active = model.parameter_counts()
-    print(f"\n{run.spec}, seed {run.seed}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M for "
-          f"a token; {run.preset.tokens_per_step} tokens a step")
-    with weights_cast_once(model), count_casts() as casts:
-        backward(model, draw_windows(text, run.seed, 0, run.preset)[0], 1.0)
-    model.zero_grad()
-    casts_per_layer = len(casts) // run.preset.n_layers
-    names = dict.fromkeys(f"{cast.kind}({cast.tensor})" for cast in casts)
-    print(f"  {casts_per_layer} casts in each layer and micro-batch: {', '.join(names) or 'none'}")
-    return casts_per_layer
 
 
 # ---- checkpoint ----------------------------------------------------------------------------------
@@ -442,8 +413,8 @@ def save_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer, step
 
 
 def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> int:
-    """Goes back to the checkpoint, if there is one (`check_folder` has seen that it is this run's).
-    Returns how many steps are done."""
+    """Goes back to the checkpoint, if there is one (`finished_before` has seen that it is this
+    run's). Returns how many steps are done."""
     path = run.folder / "checkpoint.pt"
     if not path.exists():
         return 0
@@ -473,21 +444,20 @@ def read_saved(path: Path, argument: str) -> dict:
     return saved
 
 
-def check_folder(run: Run) -> None:
-    """For --resume: raises ValueError where the folder holds another run, and takes the row of this
-    one, if it has finished."""
-    for path in (run.folder / "model.pt", run.folder / "checkpoint.pt"):
+def finished_before(run: Run) -> dict | None:
+    """For --resume: the run's row of the table, if it has finished in its folder. Raises ValueError
+    where that holds another run."""
+    result = None
+    for path in (run.folder / "checkpoint.pt", run.folder / "model.pt"):
         if path.exists():
             saved = read_saved(path, "--resume:")
-            check_same(path, saved["config"], run.config)
-            run.row = run.row or saved.get("row")
-
-
-def check_same(path: Path, there: dict, asked: dict) -> None:
-    for key, value in asked.items():
-        if there.get(key) != value:
-            raise ValueError(f"--resume: {str(path)!r} has {key}={there.get(key)}, not {value}: "
-                             "give the same arguments, or another --out")
+            for key, value in run.config.items():
+                there = saved["config"].get(key)
+                if there != value:
+                    raise ValueError(f"--resume: {str(path)!r} has {key}={there}, not {value}: "
+                                     "give the same arguments, or another --out")
+            result = saved.get("result")
+    return result
 
 
 # ---- comparison ----------------------------------------------------------------------------------
@@ -497,48 +467,50 @@ def percent_over(value: float, base: float) -> float:
     return 100 * (value / base - 1) if base else math.nan
 
 
-def table(rows: list[dict]) -> list[dict]:
+def table(results: list[dict]) -> list[dict]:
     """compare.csv's rows. Difference and speed-up are against bf16 on the same seed."""
-    bases = {row["seed"]: row for row in rows if row["recipe"] == "bf16"}
-    cells = []
-    for row in rows:
-        base = bases.get(row["seed"], {"val_loss": math.nan, "tokens_per_s": math.nan})
-        delta = percent_over(row["val_loss"], base["val_loss"])
-        cells.append({
-            "recipe": row["recipe"],
-            "casts": row["casts"],
-            "val_loss": f"{row['val_loss']:.4f}",
+    bases = {result["seed"]: result for result in results if result["recipe"] == "bf16"}
+    rows = []
+    for result in results:
+        base = bases.get(result["seed"], {"val_loss": math.nan, "tokens_per_s": math.nan})
+        delta = percent_over(result["val_loss"], base["val_loss"])
+        rows.append({
+            "recipe": result["recipe"],
+            "casts": result["casts"],
+            "val_loss": f"{result['val_loss']:.4f}",
             "delta_pct": f"{delta:+.3f}".replace("+nan", "nan"),
-            "tokens_per_s": f"{row['tokens_per_s']:.0f}",
-            "speedup": f"{row['tokens_per_s'] / base['tokens_per_s']:.3f}",
-            "peak_mem_gb": f"{row['peak_mem_gb']:.2f}",
-            "seed": row["seed"]})
-    return cells
+            "tokens_per_s": f"{result['tokens_per_s']:.0f}",
+            "speedup": f"{result['tokens_per_s'] / base['tokens_per_s']:.3f}",
+            "peak_mem_gb": f"{result['peak_mem_gb']:.2f}",
+            "seed": result["seed"]})
+    return rows
 
 
-def print_table(cells: list[dict], is_emulated: bool) -> None:
+def print_table(rows: list[dict], is_emulated: bool) -> None:
     # Speed and memory of emulated FP8 say nothing about a recipe.
     hidden = ["tokens_per_s", "speedup", "peak_mem_gb"] if is_emulated else []
-    names = [name for name in cells[0] if name not in ["recipe", *hidden]]
-    width = max(len(row["recipe"]) for row in cells)
+    names = [name for name in rows[0] if name not in ["recipe", *hidden]]
+    width = max(len(row["recipe"]) for row in rows)
     print(f"\n{'recipe':>{width}}" + "".join(f"{name:>14}" for name in names))
-    for row in cells:
+    for row in rows:
         print(f"{row['recipe']:>{width}}" + "".join(f"{row[name]:>14}" for name in names))
 
 
-def print_seeds(rows: list[dict]) -> None:
+def print_seeds(results: list[dict]) -> None:
     """The mean of each spec over the seeds, and the mean of its differences to bf16, each on one
     seed: what a seed does to both recipes cancels there."""
-    bases = {row["seed"]: row["val_loss"] for row in rows if row["recipe"] == "bf16"}
+    losses = {}                 # spec -> seed -> validation loss
+    for result in results:
+        losses.setdefault(result["recipe"], {})[result["seed"]] = result["val_loss"]
+    bases = losses.get("bf16", {})
     print()
-    for spec in dict.fromkeys(row["recipe"] for row in rows):
-        losses = {row["seed"]: row["val_loss"] for row in rows if row["recipe"] == spec}
-        values = list(losses.values())
+    for spec, by_seed in losses.items():
+        values = list(by_seed.values())
         deviation = statistics.stdev(values) if len(values) > 1 else math.nan
         line = f"{spec}: val loss {np.mean(values):.4f}, standard deviation {deviation:.4f}"
-        pairs = [percent_over(losses[seed], bases[seed]) for seed in losses if seed in bases]
+        pairs = [percent_over(by_seed[seed], bases[seed]) for seed in by_seed if seed in bases]
         if len(pairs) > 1 and spec != "bf16":
-            error = np.std(pairs, ddof=1) / len(pairs) ** 0.5
+            error = statistics.stdev(pairs) / len(pairs) ** 0.5
             line += f"; {np.mean(pairs):+.3f}% over bf16, standard error {error:.3f}%"
         print(f"{line}; {len(values)} seeds")
 
@@ -552,22 +524,23 @@ def smooth(curve: list[float]) -> np.ndarray:
 
 
 def draw_losses(runs: list[Run], path: Path) -> None:
-    """The mean loss of each spec, and below it the difference to bf16 on the same seeds: the
-    curves themselves coincide."""
-    curves = {}             # spec -> seed -> the losses of all steps
+    """The loss of each run, and below it the difference to bf16 on the same seed, in percent and
+    smoothed: the curves themselves coincide."""
+    curves = {}                 # (spec, seed) -> the losses of all steps
     for run in runs:
-        curves.setdefault(run.spec, {})[run.seed] = [float(row["loss"]) for row in read_log(run)]
+        curves[run.spec, run.seed] = [float(row["loss"]) for row in read_log(run)]
+    specs = list(dict.fromkeys(run.spec for run in runs))
     figure = Figure(figsize=(7, 6), layout="constrained")       # without pyplot: no display
     above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    for color, (spec, losses) in enumerate(curves.items()):
-        above.plot(np.mean(list(losses.values()), axis=0), f"C{color}", label=spec, linewidth=1)
-        shared = [seed for seed in losses if seed in curves.get("bf16", {})]
-        ratios = [smooth(losses[seed]) / smooth(curves["bf16"][seed]) for seed in shared]
-        if ratios and spec != "bf16":
-            difference = 100 * (np.mean(ratios, axis=0) - 1)
-            steps = runs[0].preset.steps
-            last_steps = range(steps - len(difference), steps)
-            below.plot(last_steps, difference, f"C{color}", linewidth=1)
+    for (spec, seed), curve in curves.items():
+        color = f"C{specs.index(spec)}"
+        label = spec if seed == runs[0].seed else None
+        above.plot(curve, color, label=label, linewidth=1)
+        base = curves.get(("bf16", seed))
+        if base is not None and spec != "bf16":
+            difference = 100 * (smooth(curve) / smooth(base) - 1)
+            last_steps = range(len(curve) - len(difference), len(curve))
+            below.plot(last_steps, difference, color, linewidth=1)
     above.set(ylabel="training loss (nats a byte)")
     above.legend()
     below.set(xlabel="step", ylabel="difference to bf16, %")
@@ -702,7 +675,7 @@ def runs_in(out: Path, specs: list[str], preset: Preset, data: Data, args) -> li
             run = Run(spec, seed, parent / spec, preset, data.digest, args.device, args.compile,
                       args.deterministic)
             if args.resume:
-                check_folder(run)
+                run.result = finished_before(run)
             runs.append(run)
     return runs
 
@@ -734,19 +707,19 @@ def sample(saved: dict, args) -> None:
 
 @contextlib.contextmanager
 def stop_signals():
-    """Gives a list that gets the first Ctrl-C or SIGTERM; a second one acts as it always did."""
-    heard = []
+    """Gives an event that the first Ctrl-C or SIGTERM sets; a second one acts as it always did."""
+    stop = threading.Event()
     before = {}
 
     def hear(number, frame):
-        heard.append(number)
+        stop.set()
         signal.signal(number, before[number])
 
     try:
         if threading.current_thread() is threading.main_thread():   # no other may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 before[number] = signal.signal(number, hear)
-        yield heard
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -755,35 +728,40 @@ def stop_signals():
 def train_all(runs: list[Run], data: Data, out: Path) -> int:
     """Trains what is not finished, then writes the table and the picture. Returns the exit code."""
     code = 0
-    with stop_signals() as heard:
+    with stop_signals() as stop:
         for run in runs:
-            if run.row:
+            if run.result:
                 print(f"\n{run.spec}, seed {run.seed} has finished before, in {run.folder}")
                 continue
-            if heard:
+            if stop.is_set():
                 raise KeyboardInterrupt
             try:
-                run.row = train(run, data, heard)
+                run.result = train(run, data, stop)
             except FloatingPointError as error:
                 print(f"train.py: {run.spec}, seed {run.seed}: {error}", file=sys.stderr)
                 code = 1
             gc.collect()                # The weights of one run go before those of the next come.
             torch.cuda.empty_cache()
-    finished = [run for run in runs if run.row]
+    finished = [run for run in runs if run.result]
     if finished:
-        rows = [run.row for run in finished]
-        cells = table(rows)
-        with open(out / "compare.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, cells[0])
-            writer.writeheader()
-            writer.writerows(cells)
-        if len(runs) > 1:
-            print_table(cells, fp8_is_emulated(runs[0].device))
-        if len({run.seed for run in runs}) > 1:
-            print_seeds(rows)
-        draw_losses(finished, out / "loss.png")
+        write_comparison(finished, len(runs), out)
     print(f"\nwritten to {out}")
     return code
+
+
+def write_comparison(finished: list[Run], asked: int, out: Path) -> None:
+    """compare.csv and loss.png; and if more than one run was asked for, a printed table."""
+    results = [run.result for run in finished]
+    rows = table(results)
+    with open(out / "compare.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    if asked > 1:
+        print_table(rows, fp8_is_emulated(finished[0].device))
+    if len({run.seed for run in finished}) > 1:
+        print_seeds(results)
+    draw_losses(finished, out / "loss.png")
 
 
 def main(argv=None) -> int:

@@ -127,7 +127,7 @@ def run(preset: train.Preset, every: int, path: Path, device: str) -> None:
             lr = train.learning_rate(step - 1, preset)
             loss, *_ = train.train_step(model, optimizer, windows, lr)
             if step % every == 0:
-                print(f"step {step} of {preset.steps}, loss {loss.item():.3f}", flush=True)
+                print(f"step {step} of {preset.steps}, loss {loss:.3f}", flush=True)
                 rows = probe(model, windows[0], step)
                 print_rows(rows)
                 log.writerows(rows)

@@ -16,10 +16,11 @@ what makes the scaling-aware transpose possible: row-wise FP8 becomes column-wis
 through BF16.
 
 Each operation is three things: `op_ref` (the twin: the specification, any device), `_op_kernel`
-(Triton), and `op`, which checks its arguments and runs the kernel on a GPU (and under
-TRITON_INTERPRET=1) or the twin. Every `op` raises ValueError for a dtype, shape, device or scale
-layout that the kernel was not written for. What index tensors hold is checked only where the twin
-runs: on a GPU, reading it would make the host wait.
+(Triton), and `op`, the wrapper. Wrappers are all alike, so read one, `quantize`: it checks its
+arguments, runs the twin where no kernel can run, allocates the result and launches the kernel (on a
+GPU, and under TRITON_INTERPRET=1). It raises ValueError for a dtype, shape, device or scale layout
+that the kernel was not written for. What index tensors hold is checked only where the twin runs: on
+a GPU, reading it would make the host wait.
 
 Tokens are sorted by expert and padded, so that each expert has whole tiles of 128 slots. How many
 tiles that makes depends on the routing, which the host must not wait for: tensors are as large as
@@ -28,7 +29,8 @@ uses, and kernels skip these. `ends` [E] says where each expert's slots end.
 
 Reading order: E4M3 and its scales, quantize, scaling_aware_transpose, swiglu_quantize, gather_rows,
 and the grouped GEMM in three levels: grouped_gemm_ref, _grouped_gemm_kernel (the loop),
-_hopper_gemm_kernel (the loop without waiting). Which kernel runs where, and the checks, come last.
+_hopper_gemm_kernel (the loop without waiting). Then come the casts and transposes that naive needs
+and flow does not, which kernel runs where, and the checks.
 
 Shapes: R rows, C columns of any matrix; T tokens, M padded token slots, F expert width, E experts;
 a GEMM is [M, K] times [N, K]^T (in wgrad M and N are widths, and K is the slots).
@@ -56,35 +58,34 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 BLOCK = 128                     # codes per scale, rows per expert tile, K-step of the GEMMs
 FP8 = torch.float8_e4m3fn
-E4M3_MAX = 448.0                # 1.75 * 2^8
+E4M3_MAX = 448.0                # 0.875 * 2^9
 SCALE_MIN = 2.0 ** -126         # the smallest normal fp32: the scale of an all-zero block
 SCALES = ("pow2", "fp32")       # the smallest power of two >= amax/448, or amax/448 itself
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-ANY = "any"                     # For `check`, below: what the length of an axis may be,
-BY_128 = "a multiple of 128"    # besides a number
-ANY_OR_NONE = "any, or 0"
 
-# An fp32 number is a sign, 8 bits of exponent + 127, and 23 bits of mantissa.
-INF_BITS = 0x7F800000           # as an integer, every finite magnitude lies below it
-MANTISSA_BITS = 0x007FFFFF
-MANTISSA_OF_448 = 0x00600000    # 0.75 of 2^23
-
-# Inside a kernel only constexprs can be seen.
-_E4M3_MAX = tl.constexpr(E4M3_MAX)
+_E4M3_MAX = tl.constexpr(E4M3_MAX)          # Inside a kernel only constexprs can be seen.
 _SCALE_MIN = tl.constexpr(SCALE_MIN)
-_INF_BITS = tl.constexpr(INF_BITS)
-_MANTISSA_BITS = tl.constexpr(MANTISSA_BITS)
-_MANTISSA_OF_448 = tl.constexpr(MANTISSA_OF_448)
+# An fp32 number is a sign, 8 bits of exponent + 127, and 23 bits of mantissa.
+_INF_BITS = tl.constexpr(0x7F800000)        # as an integer, every finite magnitude lies below it
+_MANTISSA_BITS = tl.constexpr(0x007FFFFF)
+_MANTISSA_OF_448 = tl.constexpr(0x00600000)     # 448 = 1.75 * 2^8: 0.75 of 2^23
 
 
 class QTensor(NamedTuple):
     """An FP8 tensor.
 
     data    [..., R, C] float8_e4m3fn codes.
-    scale   [..., C/128, R/r] fp32: one for every r x 128 codes, in the other order than data, so
-            that a step of a GEMM reads a row.  r = 1: 1x128 blocks.  r = 128: 128x128 tiles.
-            For data [256, 512]: [4, 256] or [4, 2].
+    scale   [..., C/128, R/r] fp32, one for every r x 128 codes: r = 1, a block of a row, or
+            r = 128, a tile.
     policy  "pow2" or "fp32": how the scales were chosen. Only "pow2" can be shifted.
+
+    The axes of `scale` are in the other order than those of `data`: a GEMM walks along C, and at
+    each step it reads the scales of all its rows, which lie side by side. For data [4, 256]:
+
+        data   row 0   a a a a ... a | b b b b ... b        scale   a c e g     columns 0 to 127
+               row 1   c c c c ... c | d d d d ... d                b d f h     columns 128 to 255
+               row 2   e e e e ... e | f f f f ... f
+               row 3   g g g g ... g | h h h h ... h
     """
     data: Tensor
     scale: Tensor
@@ -99,38 +100,37 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
     """The scale of a block whose largest magnitude is amax (fp32, any shape), and the factor that
     encodes with it, 1/scale.
 
-    fp32: amax/448.   pow2: the smallest power of two >= amax/448, by integer arithmetic on the
-    bits: amax = m * 2^e with 1 <= m < 2 gets 2^(e-8), or 2^(e-7) where m > 1.75. Thus
-    3.0 = 1.5 * 2^1 gets 2^-7, and its code is 384.
-    A non-finite block gets SCALE_MIN and a NaN factor: all its codes become NaN, and no neighbour
-    is touched.
+    fp32: amax/448.   pow2: the smallest power of two >= amax/448.
+    A block of zeros gets SCALE_MIN. So does a block that is not finite, and a factor of NaN: all
+    its codes become NaN, and no neighbour is touched.
     """
-    finite = amax.isfinite()
     if scales == "pow2":
-        bits = amax.view(torch.int32)
-        rounds_up = ((bits & MANTISSA_BITS) > MANTISSA_OF_448).int()
-        exponent = (bits >> 23) - 8 + rounds_up                     # as it is stored: plus 127
-        exponent = torch.where(finite, exponent, 1).clamp(min=1)    # 1 stands for 2^-126
-        scale = (exponent << 23).view(torch.float32)
-        factor = ((2 * 127 - exponent) << 23).view(torch.float32)   # e + 127 becomes -e + 127
+        # amax = mantissa * 2^exponent with 0.5 <= mantissa < 1, and 448 = 0.875 * 2^9. Thus
+        # 3.0 = 0.75 * 2^2 gets the scale 2^-7, and its code is 384.
+        mantissa, exponent = torch.frexp(amax)
+        exponent = exponent - 9 + (mantissa > 0.875).int()
+        exponent = exponent.clamp(min=-126)
+        scale = ((exponent + 127) << 23).view(torch.float32)        # 2^exponent
     else:
         # CUDA divides by a Python number through its inverse, which is off by an ulp.
         scale = amax / torch.full_like(amax, E4M3_MAX)
-        scale = torch.where(finite, scale, SCALE_MIN).clamp(min=SCALE_MIN)
-        factor = 1 / scale
-    return scale, torch.where(finite, factor, torch.nan)
+        scale = scale.clamp(min=SCALE_MIN)
+    finite = amax.isfinite()
+    scale = torch.where(finite & (amax > 0), scale, SCALE_MIN)
+    return scale, torch.where(finite, 1 / scale, torch.nan)
 
 
 @triton.jit
 def _scale_of(amax_bits, POW2: tl.constexpr):
-    """scale_of on the bits of amax >= 0 (int32): ordered as the floats are, Inf and NaN on top."""
+    """scale_of on the bits of amax >= 0 (int32), which are ordered as the floats are, Inf and NaN
+    on top. Here amax = m * 2^e with 1 <= m < 2; exponents are stored plus 127."""
     finite = amax_bits < _INF_BITS
     if POW2:
         rounds_up = ((amax_bits & _MANTISSA_BITS) > _MANTISSA_OF_448).to(tl.int32)
         exponent = (amax_bits >> 23) - 8 + rounds_up
-        exponent = tl.maximum(tl.where(finite, exponent, 1), 1)
+        exponent = tl.maximum(tl.where(finite, exponent, 1), 1)     # 1 stands for 2^-126
         scale = (exponent << 23).to(tl.float32, bitcast=True)
-        factor = ((2 * 127 - exponent) << 23).to(tl.float32, bitcast=True)
+        factor = ((2 * 127 - exponent) << 23).to(tl.float32, bitcast=True)      # 2^-exponent
     else:
         amax = amax_bits.to(tl.float32, bitcast=True)
         scale = tl.where(finite, tl.div_rn(amax, _E4M3_MAX), _SCALE_MIN)
@@ -147,12 +147,21 @@ def _amax_bits(x, axis: tl.constexpr):
 
 
 @triton.jit
+def _is_unused(tile_expert, tile):
+    """True for a tile of 128 slots that no expert uses; without tile_expert all are used."""
+    if tile_expert is None:
+        return False
+    else:
+        return tl.load(tile_expert + tile) < 0
+
+
+@triton.jit
 def _encode(x):
     """fp32 or fp16 -> the byte of the nearest E4M3 code, ties to even."""
     return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 
 
-# ---- quantize, dequantize ------------------------------------------------------------------------
+# ---- quantize ------------------------------------------------------------------------------------
 
 def _to_fp8(x: Tensor) -> Tensor:
     """fp32 -> E4M3, ties to even; a NaN of either sign becomes 0x7F, as in the hardware's cast."""
@@ -174,13 +183,9 @@ def _quantize_kernel(
         R, C,
         POW2: tl.constexpr, ROW_TILES: tl.constexpr, R_TILE: tl.constexpr, TILE: tl.constexpr):
     """Grid (R/R_TILE, C/128). Reads 2RC, writes RC bytes: three quarters of a BF16 copy."""
-    if tile_expert is not None:
-        if ROW_TILES:
-            tile = tl.program_id(0) * R_TILE // TILE
-        else:
-            tile = tl.program_id(1)
-        if tl.load(tile_expert + tile) < 0:
-            return
+    tile = tl.program_id(0) * R_TILE // TILE if ROW_TILES else tl.program_id(1)
+    if _is_unused(tile_expert, tile):
+        return
     r = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)
     c = tl.program_id(1) * TILE + tl.arange(0, TILE)
     live = (r < R)[:, None]
@@ -203,7 +208,7 @@ def quantize(x: Tensor, scales: str = "pow2", tile_expert: Tensor | None = None,
     check_choice("scales", scales, SCALES)
     check("x", x, FLOATS, ANY, BY_128)
     check_choice("tile_axis", tile_axis, (0, 1))
-    _check_tiles(tile_expert, x.shape[tile_axis], x)
+    tile_expert = check_tiles(tile_expert, x.shape[tile_axis], x)
     if not use_kernels(x):
         return quantize_ref(x, scales)
     x = x.contiguous()
@@ -211,7 +216,7 @@ def quantize(x: Tensor, scales: str = "pow2", tile_expert: Tensor | None = None,
     r_tile = 64
     q = _empty_q(x, R, C, scales)
     _quantize_kernel[triton.cdiv(R, r_tile), C // BLOCK](
-        x, _bytes(q.data), q.scale, _contiguous(tile_expert), R, C,
+        x, _bytes(q.data), q.scale, tile_expert, R, C,
         POW2=scales == "pow2", ROW_TILES=tile_axis == 0, R_TILE=r_tile, TILE=BLOCK, num_warps=8)
     return q
 
@@ -227,55 +232,20 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8)
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _data_and_scale(x) -> tuple[Tensor | None, Tensor | None]:
+    """What a kernel gets for a QTensor, for a tensor, which has no scale, or for nothing."""
+    if isinstance(x, QTensor):
+        return _bytes(x.data), x.scale
+    return x, None
+
+
+def _is_pow2(x) -> bool:
+    return isinstance(x, QTensor) and x.policy == "pow2"
 
 
 def dequantize_ref(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     scale = repeat(q.scale, "... c r -> ... (r i) (c b)", i=q.rows_per_scale, b=BLOCK)
     return (q.data.float() * scale).to(dtype)
-
-
-@triton.jit
-def _dequantize_kernel(
-        data, scale,                        # [R, C] uint8, [C/128, R/R_PER] fp32
-        out,                                # [R, C] bf16, fp16 or fp32
-        tile_expert,                        # [R/128] int32 or None
-        R, C,
-        R_PER: tl.constexpr, R_TILE: tl.constexpr, TILE: tl.constexpr):
-    """Grid (R/R_TILE, C/128). Reads RC, writes 2RC (bf16) bytes."""
-    if tile_expert is not None:
-        if tl.load(tile_expert + tl.program_id(0) * R_TILE // TILE) < 0:
-            return
-    r = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)
-    c = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    live = (r < R)[:, None]
-    at = r[:, None] * C + c[None, :]
-    scale_row = scale + tl.program_id(1).to(tl.int64) * (R // R_PER)
-    s = tl.load(scale_row + r // R_PER, mask=r < R, other=0.0)
-    codes = tl.load(data + at, mask=live, other=0).to(tl.float8e4nv, bitcast=True)
-    x = codes.to(tl.float32) * s[:, None]
-    tl.store(out + at, x.to(out.dtype.element_ty), mask=live)
-
-
-def dequantize(q: QTensor, dtype: torch.dtype = torch.float32,
-               tile_expert: Tensor | None = None) -> Tensor:
-    """code * scale: QTensor [R, C] in 1x128 blocks or tiles -> [R, C] of dtype.
-
-    Weights [E, R, C] go to the twin. tile_expert [R/128] int32: tiles marked -1 stay undefined.
-    """
-    check_choice("dtype", dtype, FLOATS)
-    check_q("q", q, ..., ANY, BY_128, rows_per_scale=(1, BLOCK))
-    _check_tiles(tile_expert, q.data.shape[-2], q.data)
-    if not use_kernels(q.data) or q.data.ndim != 2:
-        return dequantize_ref(q, dtype)
-    R, C = q.data.shape
-    r_tile = 64
-    out = q.data.new_empty(R, C, dtype=dtype)
-    _dequantize_kernel[triton.cdiv(R, r_tile), C // BLOCK](
-        _bytes(q.data.contiguous()), q.scale.contiguous(), out, _contiguous(tile_expert), R, C,
-        R_PER=q.rows_per_scale, R_TILE=r_tile, TILE=BLOCK, num_warps=8)
-    return out
 
 
 # ---- weights: 128x128 blocks survive a transpose, so one pass over the master writes W and W^T ---
@@ -380,9 +350,8 @@ def _scaling_aware_transpose_kernel(
     Reads MC, writes MC bytes."""
     i = tl.program_id(0)
     j = tl.program_id(1)
-    if tile_expert is not None:
-        if tl.load(tile_expert + i) < 0:
-            return
+    if _is_unused(tile_expert, i):
+        return
     slot = i * TILE + tl.arange(0, TILE)
     c = j * TILE + tl.arange(0, TILE)
     if rows is not None:                    # Gathered on the way in, the permute costs nothing.
@@ -427,8 +396,9 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None,
     M = T
     if rows is not None:
         check("rows", rows, (torch.int64,), BY_128, like=q.data)
+        rows = rows.contiguous()
         M = len(rows)
-    _check_tiles(tile_expert, M, q.data)
+    tile_expert = check_tiles(tile_expert, M, q.data)
     if not use_kernels(q.data):
         if rows is not None:
             check_values("rows", rows, -1, T)
@@ -436,93 +406,9 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None,
     data = q.data.new_empty(C, M)
     scale = q.scale.new_empty(M // BLOCK, C // BLOCK)
     _scaling_aware_transpose_kernel[M // BLOCK, C // BLOCK](
-        _bytes(q.data.contiguous()), q.scale.contiguous(), _contiguous(rows),
-        _contiguous(tile_expert), _bytes(data), scale, T, C, M, TILE=BLOCK, num_warps=4)
+        _bytes(q.data.contiguous()), q.scale.contiguous(), rows, tile_expert,
+        _bytes(data), scale, T, C, M, TILE=BLOCK, num_warps=4)
     return QTensor(data, scale, q.policy)
-
-
-@triton.jit
-def _transpose_kernel(
-        x, out,                             # [R, C], [C, R] of one dtype
-        tile_expert,                        # [R/128] int32 or None
-        R, C, TILE: tl.constexpr):
-    """Grid (C/128, R/128). Reads 2RC, writes 2RC bytes."""
-    if tile_expert is not None:
-        if tl.load(tile_expert + tl.program_id(1)) < 0:
-            return
-    r = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    c = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    tile = tl.load(x + r[:, None] * C + c[None, :])
-    tl.store(out + c[:, None] * R + r[None, :], tl.trans(tile))
-
-
-def transpose(x: Tensor, tile_expert: Tensor | None = None) -> Tensor:
-    """[R, C] -> [C, R] contiguous, R and C multiples of 128: the middle one of naive's three
-    launches, dequantize, transpose, quantize.
-
-    A kernel of its own, because PyTorch's copy runs at a fraction of the bandwidth.
-    tile_expert [R/128] int32: tiles of rows marked -1 stay undefined.
-    """
-    check("x", x, FLOATS, BY_128, BY_128)
-    _check_tiles(tile_expert, len(x), x)
-    if not use_kernels(x):
-        return x.t().contiguous()
-    x = x.contiguous()
-    R, C = x.shape
-    out = x.new_empty(C, R)
-    _transpose_kernel[C // BLOCK, R // BLOCK](
-        x, out, _contiguous(tile_expert), R, C, TILE=BLOCK, num_warps=8)
-    return out
-
-
-def requantize_ref(q: QTensor, scales: str = "pow2") -> QTensor:
-    return quantize_ref(dequantize_ref(q).t(), scales)
-
-
-@triton.jit
-def _requantize_kernel(
-        data, scale,                        # [M, C] uint8, [C/128, M] fp32
-        tile_expert,                        # [M/128] int32 or None
-        out, out_scale,                     # [C, M] uint8, [M/128, C] fp32
-        M, C, POW2: tl.constexpr, TILE: tl.constexpr):
-    """Grid (M/128, C/128), a tile a program. Reads MC, writes MC bytes, as the direct transpose."""
-    i = tl.program_id(0)
-    j = tl.program_id(1)
-    if tile_expert is not None:
-        if tl.load(tile_expert + i) < 0:
-            return
-    r = i * TILE + tl.arange(0, TILE)
-    c = j * TILE + tl.arange(0, TILE)
-    s = tl.load(scale + j.to(tl.int64) * M + r)
-    codes = tl.load(data + r[:, None].to(tl.int64) * C + c[None, :])
-    x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * s[:, None]
-    s, factor = _scale_of(_amax_bits(x, 0), POW2)
-    codes = _encode(x * factor[None, :])
-    tl.store(out + c[:, None].to(tl.int64) * M + r[None, :], tl.trans(codes))
-    tl.store(out_scale + i.to(tl.int64) * C + c, s)
-
-
-def requantize(q: QTensor, scales: str = "pow2", tile_expert: Tensor | None = None) -> QTensor:
-    """Row-wise FP8 [M, C] -> column-wise FP8 [C, M] in one launch: dequantize, take the amax along
-    the other axis, quantize, store transposed. It moves as few bytes as the direct transpose.
-
-    M and C are multiples of 128; q has 1x128 blocks of either policy -> 1x128 blocks,
-    scale [M/128, C]. With fp32 scales every element is rounded a second time (and by naive's three
-    launches a third time, to bf16 between the casts). With powers of two it is not, and the codes
-    are those of the three launches.
-    tile_expert [M/128] int32: skip tiles marked -1; what they hold stays undefined.
-    """
-    check_choice("scales", scales, SCALES)
-    check_q("q", q, BY_128, BY_128)
-    M, C = q.data.shape
-    _check_tiles(tile_expert, M, q.data)
-    if not use_kernels(q.data):
-        return requantize_ref(q, scales)
-    out = _empty_q(q.scale, C, M, scales)
-    _requantize_kernel[M // BLOCK, C // BLOCK](
-        _bytes(q.data.contiguous()), q.scale.contiguous(), _contiguous(tile_expert),
-        _bytes(out.data), out.scale, M, C, POW2=scales == "pow2", TILE=BLOCK, num_warps=4)
-    return out
 
 
 # ---- SwiGLU: a = silu(gate) * up * prob, h = [gate | up], prob the router's weight of a slot -----
@@ -567,9 +453,8 @@ def _swiglu_kernel(
         M, F,
         POW2: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, TILE: tl.constexpr):
     """Grid (M/R_TILE, F/C_TILE). Reads 4MF, writes MF bytes (2MF unquantized)."""
-    if tile_expert is not None:
-        if tl.load(tile_expert + tl.program_id(0) * R_TILE // TILE) < 0:
-            return
+    if _is_unused(tile_expert, tl.program_id(0) * R_TILE // TILE):
+        return
     r = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
     live = (r < M)[:, None]
@@ -597,9 +482,8 @@ def _swiglu_backward_kernel(
 
     A program owns whole rows and walks along them, so that dprob is a plain sum: no atomics.
     """
-    if tile_expert is not None:
-        if tl.load(tile_expert + tl.program_id(0) * R_TILE // TILE) < 0:
-            return
+    if _is_unused(tile_expert, tl.program_id(0) * R_TILE // TILE):
+        return
     r = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)[:, None]
     live = r < M
     p = tl.load(prob + r, mask=live, other=0.0)
@@ -628,14 +512,13 @@ def _swiglu_backward_kernel(
     tl.store(dprob + r, dp, mask=live)
 
 
-def _check_swiglu(h: Tensor, prob: Tensor, tile_expert: Tensor | None, scales: str = "pow2"):
+def _check_swiglu(h: Tensor, prob: Tensor, scales: str = "pow2") -> None:
     check_choice("scales", scales, SCALES)
     check("h", h, FLOATS, ANY, BY_128)
     if h.shape[1] % (2 * BLOCK):
         raise ValueError(f"h has shape {list(h.shape)}: gate and up must each be a multiple of "
                          f"{BLOCK} wide, pad both")
     check("prob", prob, (torch.float32,), len(h), like=h)
-    _check_tiles(tile_expert, len(h), h)
 
 
 def _swiglu_tile(F: int) -> tuple[int, int]:
@@ -645,82 +528,59 @@ def _swiglu_tile(F: int) -> tuple[int, int]:
     return 2048 // columns, columns
 
 
-def _launch_swiglu(h, prob, tile_expert, a, scale=None, scales: str = "pow2") -> None:
-    """Without a scale nothing is quantized."""
+def _launch_swiglu(h: Tensor, prob: Tensor, tile_expert: Tensor | None, a) -> None:
+    """Fills a: a QTensor, or a tensor like h, for which nothing is quantized."""
     M = len(h)
     F = h.shape[1] // 2
     r_tile, c_tile = _swiglu_tile(F)
     _swiglu_kernel[triton.cdiv(M, r_tile), F // c_tile](
-        h.contiguous(), prob.contiguous(), _contiguous(tile_expert), a, scale, M, F,
-        POW2=scales == "pow2", R_TILE=r_tile, C_TILE=c_tile, TILE=BLOCK, num_warps=4)
+        h.contiguous(), prob.contiguous(), tile_expert, *_data_and_scale(a), M, F,
+        POW2=_is_pow2(a), R_TILE=r_tile, C_TILE=c_tile, TILE=BLOCK, num_warps=4)
 
 
-def _launch_swiglu_backward(da, h, prob, tile_expert, dprob, dh, dh_scale=None, a=None,
-                            a_scale=None, scales: str = "pow2") -> None:
-    """Without scales nothing is quantized, and A is not made."""
+def _launch_swiglu_backward(da: Tensor, h: Tensor, prob: Tensor, tile_expert: Tensor | None,
+                            dh, dprob: Tensor, a) -> None:
+    """Fills dh, dprob and a: dh and a are QTensors, or dh is a tensor like h and a is None."""
     M, F = da.shape
     r_tile, c_tile = _swiglu_tile(F)
     _swiglu_backward_kernel[(triton.cdiv(M, r_tile),)](
-        da.contiguous(), h.contiguous(), prob.contiguous(), _contiguous(tile_expert),
-        dh, dh_scale, dprob, a, a_scale, M, F,
-        POW2=scales == "pow2", R_TILE=r_tile, C_TILE=c_tile, TILE=BLOCK, num_warps=4)
-
-
-def swiglu(h: Tensor, prob: Tensor, tile_expert: Tensor | None = None) -> Tensor:
-    """silu(gate) * up * prob: h [M, 2F] bf16 = [gate | up], prob [M] fp32 -> [M, F] bf16.
-
-    F is a multiple of 128.
-    tile_expert [M/128] int32: the expert of each tile, -1 for tiles to skip (left undefined).
-    """
-    _check_swiglu(h, prob, tile_expert)
-    if not use_kernels(h):
-        return swiglu_ref(h, prob)
-    a = h.new_empty(len(h), h.shape[1] // 2)
-    _launch_swiglu(h, prob, tile_expert, a)
-    return a
+        da.contiguous(), h.contiguous(), prob.contiguous(), tile_expert,
+        *_data_and_scale(dh), dprob, *_data_and_scale(a), M, F,
+        POW2=_is_pow2(dh), R_TILE=r_tile, C_TILE=c_tile, TILE=BLOCK, num_warps=4)
 
 
 def swiglu_quantize(h: Tensor, prob: Tensor, scales: str = "pow2",
                     tile_expert: Tensor | None = None) -> QTensor:
-    """`swiglu` that emits FP8 (a fused operator of the paper): no BF16 tensor between
-    SwiGLU and `quantize`."""
-    _check_swiglu(h, prob, tile_expert, scales)
+    """SwiGLU that emits FP8, a fused operator of the paper: h [M, 2F] bf16 = [gate | up],
+    prob [M] fp32 -> A [M, F], with no bf16 tensor between SwiGLU and `quantize`.
+
+    F is a multiple of 128.
+    tile_expert [M/128] int32: the expert of each tile, -1 for tiles to skip (left undefined).
+    """
+    _check_swiglu(h, prob, scales)
+    tile_expert = check_tiles(tile_expert, len(h), h)
     if not use_kernels(h):
         return swiglu_quantize_ref(h, prob, scales)
     a = _empty_q(h, len(h), h.shape[1] // 2, scales)
-    _launch_swiglu(h, prob, tile_expert, _bytes(a.data), a.scale, scales)
+    _launch_swiglu(h, prob, tile_expert, a)
     return a
-
-
-def swiglu_backward(da: Tensor, h: Tensor, prob: Tensor,
-                    tile_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """da [M, F] bf16, h [M, 2F] bf16, prob [M] fp32 -> dh [M, 2F] bf16, dprob [M] fp32."""
-    _check_swiglu(h, prob, tile_expert)
-    check("da", da, (h.dtype,), len(h), h.shape[1] // 2, like=h)
-    if not use_kernels(h):
-        return swiglu_backward_ref(da, h, prob)
-    dh = h.new_empty(h.shape)
-    dprob = prob.new_empty(len(h))
-    _launch_swiglu_backward(da, h, prob, tile_expert, dprob, dh)
-    return dh, dprob
 
 
 def swiglu_backward_quantize(
         da: Tensor, h: Tensor, prob: Tensor, scales: str = "pow2",
         tile_expert: Tensor | None = None) -> tuple[QTensor, Tensor, QTensor]:
-    """`swiglu_backward` that emits FP8 (a fused operator of the paper): dh [M, 2F]
-    row-wise, dprob [M] fp32, and A [M, F] row-wise once more, from the h that is at hand, for the
-    weight gradient of fc2."""
-    _check_swiglu(h, prob, tile_expert, scales)
+    """Its backward, which emits FP8, too: da [M, F] bf16 -> dh [M, 2F] row-wise, dprob [M] fp32,
+    and A [M, F] row-wise once more, from the h that is at hand, for the weight gradient of fc2."""
+    _check_swiglu(h, prob, scales)
     check("da", da, (h.dtype,), len(h), h.shape[1] // 2, like=h)
+    tile_expert = check_tiles(tile_expert, len(h), h)
     if not use_kernels(h):
         return swiglu_backward_quantize_ref(da, h, prob, scales)
     M, F = da.shape
     dh = _empty_q(h, M, 2 * F, scales)
-    a = _empty_q(h, M, F, scales)
     dprob = prob.new_empty(M)
-    _launch_swiglu_backward(da, h, prob, tile_expert, dprob, _bytes(dh.data), dh.scale,
-                            _bytes(a.data), a.scale, scales)
+    a = _empty_q(h, M, F, scales)
+    _launch_swiglu_backward(da, h, prob, tile_expert, dh, dprob, a)
     return dh, dprob, a
 
 
@@ -743,9 +603,8 @@ def _gather_rows_kernel(
         out, out_scale,                     # [M, C], [C/128, M] fp32 or None
         T, C, M, R_TILE: tl.constexpr, C_TILE: tl.constexpr, TILE: tl.constexpr):
     """Grid (M/R_TILE, C/C_TILE). Reads MC and writes MC elements; data and scales move together."""
-    if tile_expert is not None:
-        if tl.load(tile_expert + tl.program_id(0) * R_TILE // TILE) < 0:
-            return
+    if _is_unused(tile_expert, tl.program_id(0) * R_TILE // TILE):
+        return
     slot = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)[None, :]
     r = tl.load(rows + slot, mask=slot < M, other=-1)
@@ -777,7 +636,7 @@ def gather_rows(x, rows: Tensor, tile_expert: Tensor | None = None):
     check("rows", rows, (torch.int64,), ANY, like=data)
     T, C = data.shape
     M = len(rows)
-    _check_tiles(tile_expert, M, data)
+    tile_expert = check_tiles(tile_expert, M, data)
     if not use_kernels(data):
         check_values("rows", rows, -1, T)
         return gather_rows_ref(x, rows)
@@ -786,7 +645,7 @@ def gather_rows(x, rows: Tensor, tile_expert: Tensor | None = None):
     out = data.new_empty(M, C)
     out_scale = None if scale is None else scale.new_empty(len(scale), M)
     _gather_rows_kernel[triton.cdiv(M, r_tile), C // c_tile](
-        data, scale, rows.contiguous(), _contiguous(tile_expert), out, out_scale, T, C, M,
+        data, scale, rows.contiguous(), tile_expert, out, out_scale, T, C, M,
         R_TILE=r_tile, C_TILE=c_tile, TILE=BLOCK, num_warps=8)
     if scale is None:
         return out
@@ -1289,7 +1148,7 @@ def _launch_gemm(a: QTensor, b: QTensor, out: Tensor, tile_expert: Tensor | None
     b_data = b.data.contiguous().flatten(0, -2)         # experts below each other
     out = out.flatten(0, -2)
     arguments = (a.scale.contiguous(), b.scale.contiguous(),
-                 _contiguous(tile_expert), ends.contiguous(), M, N, K)
+                 tile_expert, ends.contiguous(), M, N, K)
     layout = dict(WGRAD=wgrad, A_PER=a.rows_per_scale, B_PER=b.rows_per_scale)
     if use_hopper_gemm(out):
         programs = torch.cuda.get_device_properties(out.device).multi_processor_count
@@ -1322,7 +1181,7 @@ def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor) -> T
         _check_tile_expert(tile_expert, ends)
         return grouped_gemm_ref(a, b, tile_expert)
     out = a.data.new_empty(len(a.data), b.data.shape[1], dtype=torch.bfloat16)
-    _launch_gemm(a, b, out, tile_expert, ends)
+    _launch_gemm(a, b, out, tile_expert.contiguous(), ends)
     return out
 
 
@@ -1345,6 +1204,156 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor,
     out = a.data.new_empty(len(ends), len(a.data), len(b.data), dtype=dtype)
     _launch_gemm(a, b, out, None, ends)
     return out
+
+
+# ---- what flow does without: naive's casts and transposes, SwiGLU in bf16 ------------------------
+
+@triton.jit
+def _dequantize_kernel(
+        data, scale,                        # [R, C] uint8, [C/128, R/R_PER] fp32
+        out,                                # [R, C] bf16, fp16 or fp32
+        tile_expert,                        # [R/128] int32 or None
+        R, C,
+        R_PER: tl.constexpr, R_TILE: tl.constexpr, TILE: tl.constexpr):
+    """Grid (R/R_TILE, C/128). Reads RC, writes 2RC (bf16) bytes."""
+    if _is_unused(tile_expert, tl.program_id(0) * R_TILE // TILE):
+        return
+    r = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)
+    c = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    live = (r < R)[:, None]
+    at = r[:, None] * C + c[None, :]
+    scale_row = scale + tl.program_id(1).to(tl.int64) * (R // R_PER)
+    s = tl.load(scale_row + r // R_PER, mask=r < R, other=0.0)
+    codes = tl.load(data + at, mask=live, other=0).to(tl.float8e4nv, bitcast=True)
+    x = codes.to(tl.float32) * s[:, None]
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=live)
+
+
+def dequantize(q: QTensor, dtype: torch.dtype = torch.float32,
+               tile_expert: Tensor | None = None) -> Tensor:
+    """code * scale: QTensor [R, C] in 1x128 blocks or tiles -> [R, C] of dtype.
+
+    Weights [E, R, C] go to the twin. tile_expert [R/128] int32: tiles marked -1 stay undefined.
+    """
+    check_choice("dtype", dtype, FLOATS)
+    check_q("q", q, ..., ANY, BY_128, rows_per_scale=(1, BLOCK))
+    tile_expert = check_tiles(tile_expert, q.data.shape[-2], q.data)
+    if not use_kernels(q.data) or q.data.ndim != 2:
+        return dequantize_ref(q, dtype)
+    R, C = q.data.shape
+    r_tile = 64
+    out = q.data.new_empty(R, C, dtype=dtype)
+    _dequantize_kernel[triton.cdiv(R, r_tile), C // BLOCK](
+        _bytes(q.data.contiguous()), q.scale.contiguous(), out, tile_expert, R, C,
+        R_PER=q.rows_per_scale, R_TILE=r_tile, TILE=BLOCK, num_warps=8)
+    return out
+
+
+@triton.jit
+def _transpose_kernel(
+        x, out,                             # [R, C], [C, R] of one dtype
+        tile_expert,                        # [R/128] int32 or None
+        R, C, TILE: tl.constexpr):
+    """Grid (C/128, R/128). Reads 2RC, writes 2RC bytes."""
+    if _is_unused(tile_expert, tl.program_id(1)):
+        return
+    r = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    c = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tile = tl.load(x + r[:, None] * C + c[None, :])
+    tl.store(out + c[:, None] * R + r[None, :], tl.trans(tile))
+
+
+def transpose(x: Tensor, tile_expert: Tensor | None = None) -> Tensor:
+    """[R, C] -> [C, R] contiguous, R and C multiples of 128: the middle one of naive's three
+    launches, dequantize, transpose, quantize.
+
+    A kernel of its own, because PyTorch's copy runs at a fraction of the bandwidth.
+    tile_expert [R/128] int32: tiles of rows marked -1 stay undefined.
+    """
+    check("x", x, FLOATS, BY_128, BY_128)
+    tile_expert = check_tiles(tile_expert, len(x), x)
+    if not use_kernels(x):
+        return x.t().contiguous()
+    x = x.contiguous()
+    R, C = x.shape
+    out = x.new_empty(C, R)
+    _transpose_kernel[C // BLOCK, R // BLOCK](
+        x, out, tile_expert, R, C, TILE=BLOCK, num_warps=8)
+    return out
+
+
+def requantize_ref(q: QTensor, scales: str = "pow2") -> QTensor:
+    return quantize_ref(dequantize_ref(q).t(), scales)
+
+
+@triton.jit
+def _requantize_kernel(
+        data, scale,                        # [M, C] uint8, [C/128, M] fp32
+        tile_expert,                        # [M/128] int32 or None
+        out, out_scale,                     # [C, M] uint8, [M/128, C] fp32
+        M, C, POW2: tl.constexpr, TILE: tl.constexpr):
+    """Grid (M/128, C/128), a tile a program. Reads MC, writes MC bytes, as the direct transpose."""
+    i = tl.program_id(0)
+    j = tl.program_id(1)
+    if _is_unused(tile_expert, i):
+        return
+    r = i * TILE + tl.arange(0, TILE)
+    c = j * TILE + tl.arange(0, TILE)
+    s = tl.load(scale + j.to(tl.int64) * M + r)
+    codes = tl.load(data + r[:, None].to(tl.int64) * C + c[None, :])
+    x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * s[:, None]
+    s, factor = _scale_of(_amax_bits(x, 0), POW2)
+    codes = _encode(x * factor[None, :])
+    tl.store(out + c[:, None].to(tl.int64) * M + r[None, :], tl.trans(codes))
+    tl.store(out_scale + i.to(tl.int64) * C + c, s)
+
+
+def requantize(q: QTensor, scales: str = "pow2", tile_expert: Tensor | None = None) -> QTensor:
+    """Row-wise FP8 [M, C] -> column-wise FP8 [C, M] in one launch: dequantize, take the amax along
+    the other axis, quantize, store transposed. It moves as few bytes as the direct transpose.
+
+    M and C are multiples of 128; q has 1x128 blocks of either policy -> 1x128 blocks,
+    scale [M/128, C]. With fp32 scales every element is rounded a second time (and by naive's three
+    launches a third time, to bf16 between the casts). With powers of two it is not, and the codes
+    are those of the three launches.
+    tile_expert [M/128] int32: skip tiles marked -1; what they hold stays undefined.
+    """
+    check_choice("scales", scales, SCALES)
+    check_q("q", q, BY_128, BY_128)
+    M, C = q.data.shape
+    tile_expert = check_tiles(tile_expert, M, q.data)
+    if not use_kernels(q.data):
+        return requantize_ref(q, scales)
+    out = _empty_q(q.scale, C, M, scales)
+    _requantize_kernel[M // BLOCK, C // BLOCK](
+        _bytes(q.data.contiguous()), q.scale.contiguous(), tile_expert,
+        _bytes(out.data), out.scale, M, C, POW2=scales == "pow2", TILE=BLOCK, num_warps=4)
+    return out
+
+
+def swiglu(h: Tensor, prob: Tensor, tile_expert: Tensor | None = None) -> Tensor:
+    """silu(gate) * up * prob: `swiglu_quantize` without quantize, for naive and bf16."""
+    _check_swiglu(h, prob)
+    tile_expert = check_tiles(tile_expert, len(h), h)
+    if not use_kernels(h):
+        return swiglu_ref(h, prob)
+    a = h.new_empty(len(h), h.shape[1] // 2)
+    _launch_swiglu(h, prob, tile_expert, a)
+    return a
+
+
+def swiglu_backward(da: Tensor, h: Tensor, prob: Tensor,
+                    tile_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """da [M, F] bf16, h [M, 2F] bf16, prob [M] fp32 -> dh [M, 2F] bf16, dprob [M] fp32."""
+    _check_swiglu(h, prob)
+    check("da", da, (h.dtype,), len(h), h.shape[1] // 2, like=h)
+    tile_expert = check_tiles(tile_expert, len(h), h)
+    if not use_kernels(h):
+        return swiglu_backward_ref(da, h, prob)
+    dh = h.new_empty(h.shape)
+    dprob = prob.new_empty(len(h))
+    _launch_swiglu_backward(da, h, prob, tile_expert, dh, dprob, None)
+    return dh, dprob
 
 
 # ---- where a kernel runs -------------------------------------------------------------------------
@@ -1399,6 +1408,11 @@ if INTERPRET:
 
 
 # ---- checks: one sentence with the argument, its value and the remedy, before any launch ---------
+
+ANY = "any"                     # What the length of an axis may be, besides a number
+BY_128 = "a multiple of 128"
+ANY_OR_NONE = "any, or 0"
+
 
 def check_choice(name: str, value, choices) -> None:
     if value not in choices:
@@ -1457,9 +1471,12 @@ def check_q(name: str, q: QTensor, *shape, rows_per_scale=(1,), like: Tensor | N
                          f"{list(q.data.shape)} needs {needed}, quantize again")
 
 
-def _check_tiles(tile_expert: Tensor | None, slots: int, like: Tensor) -> None:
-    if tile_expert is not None:
-        check("tile_expert", tile_expert, (torch.int32,), triton.cdiv(slots, BLOCK), like=like)
+def check_tiles(tile_expert: Tensor | None, slots: int, like: Tensor) -> Tensor | None:
+    """Returns it contiguous."""
+    if tile_expert is None:
+        return None
+    check("tile_expert", tile_expert, (torch.int32,), triton.cdiv(slots, BLOCK), like=like)
+    return tile_expert.contiguous()
 
 
 # What follows reads values: it is for the twins, where that is no wait.

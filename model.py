@@ -1,13 +1,13 @@
 """A small Mixture-of-Experts GPT over bytes. Nothing here knows about FP8: the experts come from
 fp8flow.
 
-Activations are bf16, master weights fp32, the router computes in fp32. Attention and the router
-stay what they are in every recipe; only `Experts` changes.
+Activations are bf16 (on a CPU fp32: few multiply bf16 as fast), master weights fp32, the
+router computes in fp32. Attention and the router stay what they are in every recipe; only `Experts`
+changes.
 
 Shapes: B sequences, S positions, D model width, H heads, E experts, k experts per token.
 """
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -48,36 +48,28 @@ class GPTConfig:
                              "heads of 8, 16, 24, ...")
 
 
-def fp32_on_cpu(x: Tensor) -> Tensor:
-    """For what is multiplied: few CPUs multiply bf16 at the speed of fp32."""
-    return x.float() if x.is_cpu else x
-
-
 class Linear(nn.Linear):
     """fp32 master weight, rounded to the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        return F.linear(fp32_on_cpu(x), fp32_on_cpu(weight)).to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.RMSNorm):
-    """fp32 master weight, computed in the dtype of the input: PyTorch's fused kernel wants one."""
+    """fp32 master weight, rounded to the dtype of the input: PyTorch's fused kernel wants one."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-@lru_cache
 def rotation(S: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [S, 1, 1, width/2] of the angles by which position s turns the pairs i of a head:
     s * 10000^(-2i/width)."""
-    with torch.inference_mode(False):       # Made in an evaluation, they may serve training.
-        pair = torch.arange(0, width, 2, device=device, dtype=torch.float32)
-        position = torch.arange(S, device=device, dtype=torch.float32)
-        angles = position[:, None] * 10000.0 ** (-pair / width)
-        angles = angles[:, None, None, :]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+    pair = torch.arange(0, width, 2, device=device, dtype=torch.float32)
+    position = torch.arange(S, device=device, dtype=torch.float32)
+    angles = position[:, None] * 10000.0 ** (-pair / width)
+    angles = angles[:, None, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class Rotary(torch.autograd.Function):
@@ -121,16 +113,13 @@ class Attention(nn.Module):
         self.out = Linear(D, D, bias=False)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, S, D] bf16, angles: what `rotation` returns, in bf16 -> [B, S, D]."""
+        """x [B, S, D], angles: what `rotation` returns, in x's dtype -> [B, S, D]."""
         qk = rearrange(self.qk(x), "b s (two h d) -> b s two h d", two=2, h=self.n_heads)
         qk = F.rms_norm(qk, qk.shape[-1:])  # Normalised, no logit of attention can run away.
-        q, k = Rotary.apply(qk, *angles).unbind(2)
-        v = rearrange(self.v(x), "b s (h d) -> b s h d", h=self.n_heads)
-        q = fp32_on_cpu(rearrange(q, "b s h d -> b h s d"))
-        k = fp32_on_cpu(rearrange(k, "b s h d -> b h s d"))
-        v = fp32_on_cpu(rearrange(v, "b s h d -> b h s d"))
+        q, k = rearrange(Rotary.apply(qk, *angles), "b s two h d -> two b h s d")
+        v = rearrange(self.v(x), "b s (h d) -> b h s d", h=self.n_heads)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(rearrange(y, "b h s d -> b s (h d)").to(x.dtype))
+        return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
 class Router(nn.Linear):
@@ -153,7 +142,7 @@ class MoE(nn.Module):
         self.load = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] bf16 -> the same, and the load-balancing loss: 1 when the load is even
+        """x [B, S, D] -> the same, and the load-balancing loss: 1 when the load is even
         (Switch Transformers, equation 4)."""
         scores = self.router(x)                                         # [B, S, E] fp32
         top_k_weights, top_k_index = scores.topk(self.top_k, dim=-1)    # [B, S, k]
@@ -209,9 +198,11 @@ class GPT(nn.Module):
         return [block.moe for block in self.blocks]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None):
-        """tokens [B, S] int64 -> logits [B, S, vocab] bf16; with targets, the mean cross-entropy in
-        nats and the mean load-balancing loss over the layers (both fp32)."""
-        x = self.embed(tokens).bfloat16()
+        """tokens [B, S] int64 -> logits [B, S, vocab]; with targets, the mean cross-entropy in nats
+        and the mean load-balancing loss over the layers (both fp32)."""
+        x = self.embed(tokens)
+        if x.is_cuda:
+            x = x.bfloat16()
         head_width = self.config.d_model // self.config.n_heads
         angles = rotation(tokens.shape[1], head_width, x.device, x.dtype)
         balances = []

@@ -24,12 +24,10 @@ A = SwiGLU(H) * prob, Y = A W2^T. In one forward and backward, four tensors ente
 
 The naive dataflow casts each of the four three times: quantize row-wise (Q), dequantize (DQ),
 quantize column-wise (Q'). That is 12 explicit casts, launches whose only job is to change the
-precision of an activation. And it rounds twice: 1.07 at scale 1 becomes the code 1.125; at another
-scale, 0.7, that is 1.607, whose nearest code 1.625 stands for 1.1375, 6% off, where rounding 1.07
-at 0.7 once gives 1.05, 2% off. At scale 0.5, 1.125 is 2.25, a code, and stays: scales that are
-powers of two move exponents, which is exact while codes stay normal, 2^-6 or more. (The direct
-transpose shares one scale in a 128x128 tile: rows far smaller than the largest round to subnormal
-codes or vanish.) That leaves one dataflow with switches:
+precision of an activation. And it rounds twice: a code at one scale is seldom a code at another.
+Where scales are powers of two it is: only its exponent changes, exactly while codes stay normal,
+2^-6 or more. (The direct transpose shares one scale in a 128x128 tile: rows far smaller than the
+largest round to subnormal codes or vanish.) That leaves one dataflow with switches:
 
     switch      naive      flow      what flow removes
     transpose   unfused    direct    DQ and Q' of all four tensors: -8 casts (exponents are shifted)
@@ -142,7 +140,7 @@ def parse_spec(spec: "str | Recipe") -> Recipe:
 # ---- the routing plan ----------------------------------------------------------------------------
 
 class Unpadded(NamedTuple):
-    """What the unfused permute needs besides: pairs sorted by expert, unpadded, are rows [T*k]."""
+    """For the unfused permute, which makes rows [T*k] first: pairs sorted by expert, no padding."""
     token: Tensor            # [T*k] int64   the token of each row
     slot: Tensor             # [T*k] int64   the slot of each row
     row_of_slot: Tensor      # [M] int64     the row in each slot, -1: padding
@@ -150,13 +148,13 @@ class Unpadded(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Where each (token, choice) pair goes. Every shape is static: nothing waits for the GPU."""
+    """Where each pair, a token and one of its k choices, goes. Every shape is static: nothing waits
+    for the GPU."""
     slot: Tensor             # [T, k] int64  the slot of each pair
     token: Tensor            # [M] int64     the token in each slot, -1: padding
     pair: Tensor             # [M] int64     the pair t*k + choice in each slot, -1: padding
     tile_expert: Tensor      # [M/128] int32 the expert of each tile, -1: unused
     ends: Tensor             # [E] int32     where each expert's slots end, a multiple of 128
-    counts: Tensor           # [E] int64     pairs of each expert
     unpadded: Unpadded
 
 
@@ -169,13 +167,10 @@ def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan
     experts 1, 0, 1 of two, in blocks of 4 (M = round_up(3 + 2*3, 4) = 12):
 
         sorted by expert   expert 0: token 1 | expert 1: tokens 0, 2
-        slots              1 . . . | 0 2 . . | . . . .        token (dots are -1)
-                           slot = [[4], [0], [5]]
-                           pair = [1 . . .   0 2 . .   . . . .]: with k = 1 the token
-        tiles              0         1         -1             tile_expert
-                           ends = [4, 8], counts = [1, 2]
-        unpadded rows      1 0 2
-                           row_of_slot = [0 . . .   1 2 . .   . . . .]
+        slots              1 . . . | 0 2 . . | . . . .      token: dots are -1
+                           4 for token 0, 0 for 1, 5 for 2  slot
+        tiles              0         1         -1           tile_expert
+                           ends at 4 and 8                  ends
 
     Raises ValueError for other shapes and dtypes, on a CPU for values out of range, too; on a GPU,
     where reading them is a sync, `gather` meets those with a device-side assertion.
@@ -190,33 +185,33 @@ def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan
     experts = top_k_index.reshape(-1).long()
     pairs = len(experts)
     M = -(-(pairs + num_experts * (block - 1)) // block) * block
-    row = torch.arange(pairs, device=device)
 
+    # Sorted by expert, pairs are rows. Expert e has rows bounds[e]:bounds[e + 1].
     expert_of_row, pair_of_row = experts.sort(stable=True)
     bounds = torch.searchsorted(expert_of_row, torch.arange(num_experts + 1, device=device))
-    counts = bounds.diff()                              # Expert e has rows bounds[e]:bounds[e + 1].
-    ends = ((counts + block - 1) // block * block).cumsum(0)
-    # The slots of expert e lie behind its rows by the padding of the experts before it. gather
-    # refuses an expert of -1, where an index in brackets would count it from the end.
+    ends = ((bounds.diff() + block - 1) // block * block).cumsum(0)
+    # A row's slot is its number, and the padding of the experts before. gather refuses an expert
+    # of -1, where an index in brackets would count it from the end.
     padding_before = pad(ends[:-1], (1, 0)) - bounds[:-1]
+    row = torch.arange(pairs, device=device)
     slot_of_row = row + padding_before.gather(0, expert_of_row)
 
     pair = torch.full((M,), -1, device=device)
     pair[slot_of_row] = pair_of_row                     # Each place is written once: no atomics.
-    row_of_slot = torch.full((M,), -1, device=device)
-    row_of_slot[slot_of_row] = row
     slot = torch.empty_like(row)
     slot[pair_of_row] = slot_of_row
+    tile_expert = torch.searchsorted(ends, torch.arange(0, M, block, device=device), right=True)
+
+    row_of_slot = torch.full((M,), -1, device=device)
+    row_of_slot[slot_of_row] = row
     row_of_pair = torch.empty_like(row)
     row_of_pair[pair_of_row] = row
-    tile_expert = torch.searchsorted(ends, torch.arange(0, M, block, device=device), right=True)
     return Plan(
         slot=slot.view(-1, k),
         token=pair.div(k, rounding_mode="floor"),       # -1 stays -1.
         pair=pair,
         tile_expert=torch.where(tile_expert < num_experts, tile_expert, -1).int(),
         ends=ends.int(),
-        counts=counts,
         unpadded=Unpadded(pair_of_row // k, slot_of_row, row_of_slot, row_of_pair.view(-1, k)))
 
 
@@ -334,6 +329,19 @@ def cast_weights(w1: Tensor, w2: Tensor, recipe: "str | Recipe") -> Operands:
     return Operands(w1_fp8, w1_fp8_t, w2_fp8, w2_fp8_t, recipe)
 
 
+def tensors_of(*qtensors: QTensor | None) -> list[Tensor | None]:
+    """The data and scale of each: save_for_backward takes tensors alone."""
+    tensors = []
+    for q in qtensors:
+        tensors += (None, None) if q is None else (q.data, q.scale)
+    return tensors
+
+
+def qtensors_of(tensors: list[Tensor | None], policy: str) -> list[QTensor]:
+    """The way back."""
+    return [QTensor(data, scale, policy) for data, scale in zip(tensors[::2], tensors[1::2])]
+
+
 class FP8Experts(torch.autograd.Function):
     """The expert layer in FP8: a tensor a line. The margin numbers the explicit casts in the order
     in which they run.
@@ -361,9 +369,8 @@ class FP8Experts(torch.autograd.Function):
         # (naive). What is saved is freed as soon as backward has used it; an attribute would live
         # on.
         x = x if gathers_in_transpose(recipe) else x_slots
-        a_kept = (a.data, a.scale) if recipe.swiglu == "unfused" else (None, None)
-        ctx.save_for_backward(x.data, x.scale, h, *a_kept, prob, operands.w1_t.data,
-                              operands.w1_t.scale, operands.w2_t.data, operands.w2_t.scale)
+        a = a if recipe.swiglu == "unfused" else None
+        ctx.save_for_backward(h, prob, *tensors_of(x, a, operands.w1_t, operands.w2_t))
         ctx.plan = plan
         ctx.recipe = recipe
         ctx.wgrad_dtype = wgrad_dtype(w1.dtype)
@@ -375,12 +382,8 @@ class FP8Experts(torch.autograd.Function):
     def backward(ctx, dy):
         plan = ctx.plan
         recipe = ctx.recipe
-        x_data, x_scale, h, a_data, a_scale, prob, w1_data, w1_scale, w2_data, w2_scale = \
-            ctx.saved_tensors
-        x = QTensor(x_data, x_scale, recipe.scales)
-        a = QTensor(a_data, a_scale, recipe.scales)
-        w1_t = QTensor(w1_data, w1_scale, recipe.scales)
-        w2_t = QTensor(w2_data, w2_scale, recipe.scales)
+        h, prob, *others = ctx.saved_tensors
+        x, a, w1_t, w2_t = qtensors_of(others, recipe.scales)
         wants_dx, _, wants_dw1, wants_dw2, *_ = ctx.needs_input_grad
         dx = dw1 = dw2 = None
 

@@ -116,7 +116,9 @@ class Attention(nn.Module):
         """x [B, S, D], angles: what `rotation` returns, in x's dtype -> [B, S, D]."""
         qk = rearrange(self.qk(x), "b s (two h d) -> b s two h d", two=2, h=self.n_heads)
         qk = F.rms_norm(qk, qk.shape[-1:])  # Normalised, no logit of attention can run away.
-        q, k = rearrange(Rotary.apply(qk, *angles), "b s two h d -> two b h s d")
+        q, k = Rotary.apply(qk, *angles).unbind(2)
+        q = rearrange(q, "b s h d -> b h s d")
+        k = rearrange(k, "b s h d -> b h s d")
         v = rearrange(self.v(x), "b s (h d) -> b h s d", h=self.n_heads)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))

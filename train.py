@@ -261,9 +261,10 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, windows: Tensor,
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, norms.norm())
     optimizer.step()
     optimizer.zero_grad()
-    loss, balance = torch.stack(losses).mean(0).tolist()    # Here the host waits for the device.
+    # To read a number makes the host wait for the device, so all are read at once.
+    loss, balance, *norms = torch.cat([torch.stack(losses).mean(0), norms]).tolist()
     names = [name for name, _ in model.named_parameters()]
-    return loss, balance, dict(zip(names, norms.tolist()))
+    return loss, balance, dict(zip(names, norms))
 
 
 def check_finite(step: int, loss: float, norms: dict[str, float], val_loss: float | None) -> None:

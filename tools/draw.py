@@ -247,7 +247,7 @@ def draw_layer(folder: Path) -> Path:
 
 # ---- stripes -------------------------------------------------------------------------------------
 
-SIDE = 216                      # pixels of the matrix
+SIDE = 168                      # pixels of a matrix
 BLOCKS = 4                      # along a side, of 128 each
 STRIPES = 6                     # in a block; 128 could not be seen
 
@@ -268,14 +268,16 @@ def draw_matrix(axes, left: int, top: int, rows: int, columns: int) -> None:
 
 
 def draw_stripes(folder: Path) -> Path:
-    figure, axes = canvas(385)
+    figure, axes = canvas(345)
     top = 70
-    panels = {
-        52: ("1x128 stripes", "activations, row-wise", STRIPES, 1, "fprop, dgrad", ""),
-        342: ("128x1 columns", "activations, requantized", 1, STRIPES, "", "wgrad"),
-        632: ("128x128 tiles", "weights; direct transpose", 1, 1, "fprop", "dgrad, wgrad"),
-    }
-    for left, (title, use, rows, columns, across, down) in panels.items():
+    panels = [
+        ("1x128 stripes", "row-wise", STRIPES, 1, "fprop, dgrad", ""),
+        ("128x1 columns", "requantized", 1, STRIPES, "", "wgrad"),
+        ("128x128 tiles", "direct transpose", 1, 1, "", "wgrad"),
+        ("128x128 tiles", "weights", 1, 1, "fprop", "dgrad"),
+    ]
+    for number, (title, use, rows, columns, across, down) in enumerate(panels):
+        left = 50 + 222 * number
         middle = left + SIDE / 2
         below = top + SIDE + 16
         write(axes, middle, 22, title, weight="bold", fontsize="large")
@@ -286,11 +288,11 @@ def draw_stripes(folder: Path) -> Path:
             write(axes, middle, below + 18, across)
         if down:
             arrow(axes, (left - 14, top), (left - 14, top + SIDE))
-            write(axes, left - 34, top + SIDE / 2, down, rotation=90, va="center")
-    box(axes, 52, 352, 24, 16, BLUE)
-    write(axes, 86, 360, "one scale", ha="left")
-    arrow(axes, (342, 360), (392, 360))
-    write(axes, 402, 360, "a product sums this way", ha="left")
+            write(axes, left - 32, top + SIDE / 2, down, rotation=90, va="center")
+    box(axes, 50, 314, 24, 16, BLUE)
+    write(axes, 84, 322, "one scale", ha="left")
+    arrow(axes, (272, 322), (322, 322))
+    write(axes, 332, 322, "a product sums this way", ha="left")
     return save(figure, folder, "stripes")
 
 

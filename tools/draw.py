@@ -378,11 +378,11 @@ def draw_timeline(folder: Path) -> Path:
     titles = {20: "The loop: the tensor core waits", 160: "Two consumers: it does not"}
     for y, title in titles.items():
         write(axes, LANES, y, title, ha="left", weight="bold", fontsize="large")
-    halves = ["product L", "promote L", "product R", "promote R"] * 2
-    draw_lane(axes, 60, "program", ["product", "promote"] * 3 + ["product"])
+    steps = ["product", "promote"] * 4
+    draw_lane(axes, 60, "program", steps[:7])
     draw_lane(axes, 100, "tensor core", ["product", "idle"] * 3 + ["product"])
-    draw_lane(axes, 200, "consumer 0", halves[:7])
-    draw_lane(axes, 240, "consumer 1", halves[:6], begin=1)
+    draw_lane(axes, 200, "consumer 0", steps[:7])
+    draw_lane(axes, 240, "consumer 1", steps[:6], begin=1)
     draw_lane(axes, 280, "tensor core", ["for 0", "for 1"] * 3 + ["for 0"])
     draw_lane(axes, 320, "loader", ["copies the tiles of later steps, when there is room"], slots=7)
     arrow(axes, (LANES, 358), (LANES + 7 * SLOT, 358))

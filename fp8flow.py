@@ -1,16 +1,10 @@
 """FP8-Flow-MoE: the expert layer of a Mixture-of-Experts model, trained in FP8 without casts
 (arXiv 2511.02302).
 
-Why FP8 makes casts. An FP8 tensor is x ~ code * scale: a byte for every element, an fp32 scale for
-a block of 128 of them, chosen so that the largest of the 128 just fits. A matrix product sums along
-one axis,
-
-    y[m, n] = sum over k of x[m, k] w[n, k]
-            = sum over blocks of s_x s_w (sum over k in the block of codes),
-
-and a scale can leave the inner sum, which the tensor core computes, only if it is constant over it.
-So the blocks lie along the axis that is summed over. Outputs (fprop) and input gradients (dgrad)
-sum along a tensor's rows; weight gradients (wgrad) sum over tokens, along its columns. The same
+An FP8 tensor is x ~ code * scale: a byte for every element, an fp32 scale for a block of 128 of
+them. A matrix product sums codes, and a scale can leave the sum only if it is constant along it. So
+blocks lie along the axis that is summed over: for outputs (fprop) and input gradients (dgrad) along
+a tensor's rows, for weight gradients (wgrad), which sum over tokens, along its columns. The same
 tensor is needed twice, with scales along either axis.
 
 An expert layer is two grouped linears, fc1 and fc2, around SwiGLU: H = X W1^T,
@@ -40,8 +34,8 @@ values of `transpose` lies `fused`: DQ, transpose and Q' in one launch, a requan
 counts as one cast a tensor. It moves as few bytes as the direct transpose, and with fp32 scales it
 rounds twice.
 
-Reading order: Recipe, Plan, the layer's definition, the switches, FP8Experts; then `experts` and
-`Experts`, the layer for other people's models.
+Reading order: Recipe, Plan, the layer's definition, the switches, FP8Experts. What follows is the
+bf16 baseline, `experts` and `Experts` for other people's models, and how casts are counted.
 
 Shapes: T tokens, k experts per token, E experts, M padded token slots, D model width, F expert
 width.
@@ -139,38 +133,38 @@ def parse_spec(spec: "str | Recipe") -> Recipe:
 
 # ---- the routing plan ----------------------------------------------------------------------------
 
+class Plan(NamedTuple):
+    """Where each pair goes, a token with one of its k choices. M slots hold the tokens sorted by
+    expert, each expert padded to a multiple of 128. Every shape is static: nothing waits for the
+    GPU."""
+    slot: Tensor             # [T, k] int64  the slot of each pair
+    token: Tensor            # [M] int64     the token in each slot, -1: padding
+    pair: Tensor             # [M] int64     the pair t*k + choice in each slot, -1: padding
+    tile_expert: Tensor      # [M/128] int32 the expert of each tile, -1: unused
+    ends: Tensor             # [E] int32     where each expert's slots end, a multiple of 128
+    unpadded: "Unpadded"
+
+
 class Unpadded(NamedTuple):
-    """For the unfused permute, which makes rows [T*k] first: pairs sorted by expert, no padding."""
+    """For the unfused permute, which first makes rows: pairs sorted by expert, without padding."""
     token: Tensor            # [T*k] int64   the token of each row
     slot: Tensor             # [T*k] int64   the slot of each row
     row_of_slot: Tensor      # [M] int64     the row in each slot, -1: padding
     row_of_pair: Tensor      # [T, k] int64  the row of each pair
 
 
-class Plan(NamedTuple):
-    """Where each pair, a token and one of its k choices, goes. Every shape is static: nothing waits
-    for the GPU."""
-    slot: Tensor             # [T, k] int64  the slot of each pair
-    token: Tensor            # [M] int64     the token in each slot, -1: padding
-    pair: Tensor             # [M] int64     the pair t*k + choice in each slot, -1: padding
-    tile_expert: Tensor      # [M/128] int32 the expert of each tile, -1: unused
-    ends: Tensor             # [E] int32     where each expert's slots end, a multiple of 128
-    unpadded: Unpadded
-
-
 def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan:
     """top_k_index [..., k] int32 or int64, the experts of each token, each in [0, num_experts)
     -> Plan. No sync, no atomics.
 
-    Each expert's slots start at a multiple of 128 and are padded to one.
     M = round_up(T*k + E*127, 128) is enough, whatever the router does. Three tokens that choose
     experts 1, 0, 1 of two, in blocks of 4 (M = round_up(3 + 2*3, 4) = 12):
 
-        sorted by expert   expert 0: token 1 | expert 1: tokens 0, 2
-        slots              1 . . . | 0 2 . . | . . . .      token: dots are -1
-                           4 for token 0, 0 for 1, 5 for 2  slot
-        tiles              0         1         -1           tile_expert
-                           ends at 4 and 8                  ends
+                       expert 0 | expert 1 | unused
+        token        = [1 . . .   0 2 . .    . . . .]       a dot is -1
+        slot         = [4, 0, 5]                            of the tokens 0, 1, 2
+        tile_expert  = [0,        1,         -1]
+        ends         = [4, 8]
 
     Raises ValueError for other shapes and dtypes, on a CPU for values out of range, too; on a GPU,
     where reading them is a sync, `gather` meets those with a device-side assertion.
@@ -186,15 +180,15 @@ def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan
     pairs = len(experts)
     M = -(-(pairs + num_experts * (block - 1)) // block) * block
 
-    # Sorted by expert, pairs are rows. Expert e has rows bounds[e]:bounds[e + 1].
+    # Rows are the pairs sorted by expert: expert e has rows bounds[e] to bounds[e + 1].
     expert_of_row, pair_of_row = experts.sort(stable=True)
     bounds = torch.searchsorted(expert_of_row, torch.arange(num_experts + 1, device=device))
     ends = ((bounds.diff() + block - 1) // block * block).cumsum(0)
-    # A row's slot is its number, and the padding of the experts before. gather refuses an expert
-    # of -1, where an index in brackets would count it from the end.
-    padding_before = pad(ends[:-1], (1, 0)) - bounds[:-1]
+    first_row = bounds[:-1]
+    first_slot = pad(ends[:-1], (1, 0))
+    # gather refuses an expert of -1, where an index in brackets would count it from the end.
     row = torch.arange(pairs, device=device)
-    slot_of_row = row + padding_before.gather(0, expert_of_row)
+    slot_of_row = row + (first_slot - first_row).gather(0, expert_of_row)
 
     pair = torch.full((M,), -1, device=device)
     pair[slot_of_row] = pair_of_row                     # Each place is written once: no atomics.
@@ -275,27 +269,21 @@ def swiglu_backward(da: Tensor, h: Tensor, prob: Tensor, a: QTensor | None, plan
     return kernels.quantize(dh, recipe.scales, plan.tile_expert), dprob, a
 
 
-def column_wise(q: QTensor, plan: Plan, recipe: Recipe) -> QTensor:
-    """Row-wise FP8 [M, C] -> column-wise FP8 [C, M], for wgrad."""
+def column_wise(q: QTensor, plan: Plan, recipe: Recipe, rows: Tensor | None = None) -> QTensor:
+    """Row-wise FP8 [M, C] -> column-wise FP8 [C, M], for wgrad. The direct transpose can also
+    permute as it reads: then q is [T, C], and `rows` names the token of each slot."""
     if recipe.transpose == "direct":
-        return kernels.scaling_aware_transpose(q, None, plan.tile_expert)
+        return kernels.scaling_aware_transpose(q, rows, plan.tile_expert)
     if recipe.transpose == "fused":
         return kernels.requantize(q, recipe.scales, plan.tile_expert)
     x = kernels.dequantize(q, torch.bfloat16, plan.tile_expert)
     x = kernels.transpose(x, plan.tile_expert)
-    return kernels.quantize(x, recipe.scales, plan.tile_expert, tile_axis=1)
+    return kernels.quantize(x, recipe.scales)           # with the few tiles that nobody uses
 
 
-def gathers_in_transpose(recipe: Recipe) -> bool:
-    """The direct transpose can permute as it reads. Then X is kept as it came, T rows, not M."""
+def keeps_x_unpermuted(recipe: Recipe) -> bool:
+    """Where the transpose can permute, X is kept for backward as it came: T rows, not M."""
     return recipe.transpose == "direct" and recipe.permute == "fused"
-
-
-def kept_column_wise(x: QTensor, plan: Plan, recipe: Recipe) -> QTensor:
-    """X as it was kept, [T, D] or [M, D] -> [D, M]."""
-    if gathers_in_transpose(recipe):
-        return kernels.scaling_aware_transpose(x, plan.token, plan.tile_expert)
-    return column_wise(x, plan, recipe)
 
 
 # ---- the layer -----------------------------------------------------------------------------------
@@ -349,8 +337,8 @@ class FP8Experts(torch.autograd.Function):
     x [T, D] bf16, probs [T, k] fp32; w1 [E, 2F, D] and w2 [E, D, F], the master weights, are passed
     only to receive their gradients (in their dtype): what is multiplied is `operands`.
     -> [T, D] bf16.
-    A name is one of the tensors in its latest form (dy: bf16, then FP8, then permuted, then
-    column-wise); the form before is freed, unless it is saved.
+    A name is one of the tensors in its latest form: dy is bf16, then FP8, then permuted, then
+    column-wise. The form before is freed, if nobody else holds it.
     """
 
     @staticmethod
@@ -364,11 +352,10 @@ class FP8Experts(torch.autograd.Function):
         y = kernels.grouped_gemm(a, operands.w2, plan.tile_expert, plan.ends)
         y = unpermute(y, plan, recipe)
 
-        # Kept for backward: X in FP8, unpermuted where the transpose can gather (flow), else
-        # permuted; H in bf16; W1^T and W2^T; A only where to make it again from H would be a cast
-        # (naive). What is saved is freed as soon as backward has used it; an attribute would live
-        # on.
-        x = x if gathers_in_transpose(recipe) else x_slots
+        # Kept for backward: X in FP8 (permuted or not); H in bf16; W1^T and W2^T; A only where to
+        # make it again from H would be a cast (naive). What is saved is freed as soon as backward
+        # has used it; an attribute would live on.
+        x = x if keeps_x_unpermuted(recipe) else x_slots
         a = a if recipe.swiglu == "unfused" else None
         ctx.save_for_backward(h, prob, *tensors_of(x, a, operands.w1_t, operands.w2_t))
         ctx.plan = plan
@@ -400,7 +387,8 @@ class FP8Experts(torch.autograd.Function):
             a = column_wise(a, plan, recipe)                            # naive 7 8: DQ(A) Q'(A)
             dw2 = kernels.grouped_wgrad(dy, a, plan.ends, ctx.wgrad_dtype)
             dh = column_wise(dh, plan, recipe)                          # naive 9 10: DQ(dH) Q'(dH)
-            x = kept_column_wise(x, plan, recipe)                       # naive 11 12: DQ(X) Q'(X)
+            rows = plan.token if keeps_x_unpermuted(recipe) else None
+            x = column_wise(x, plan, recipe, rows)                      # naive 11 12: DQ(X) Q'(X)
             dw1 = kernels.grouped_wgrad(dh, x, plan.ends, ctx.wgrad_dtype)
         return dx, dprob[plan.slot], dw1, dw2, None, None, None     # none for the last three
 
@@ -479,8 +467,9 @@ def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w1: Tensor, w
     operands       cast_weights(w1, w2, recipe), to share one cast among several calls; left out,
                    the weights are cast in this one
 
-    Returns x's shape and dtype. Only gradients that somebody wants are computed (those of both
-    weights, if of either). Autocast outside changes no bit inside. D and F are multiples of 128.
+    Returns x's shape and dtype. Gradients of x and of the weights are computed only where wanted
+    (those of both weights, if of either). Autocast outside changes no bit inside. D and F are
+    multiples of 128.
     Raises ValueError, without a sync, for anything else; values out of range are seen on a CPU.
     """
     recipe = parse_spec(recipe)

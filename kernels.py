@@ -1,36 +1,30 @@
-"""Every kernel of an FP8 MoE layer, each below the PyTorch twin that specifies it.
+"""Every kernel of an FP8 MoE layer, and the PyTorch twin that specifies it.
 
-An FP8 tensor is a pair: `x ~ code * scale`. A code is one E4M3 byte (1 sign, 4 exponent, 3 mantissa
+An FP8 tensor is a pair, `x ~ code * scale`. A code is one E4M3 byte (1 sign, 4 exponent, 3 mantissa
 bits: largest 448, smallest normal 2^-6, smallest subnormal 2^-9, one NaN per sign, no infinity); a
-scale is one fp32 number shared by a group of codes. The tensor core multiplies codes, the kernel
-multiplies scales. Groups lie along the axis that the GEMM reduces, because a scale can only be
-pulled out of a sum that it is constant over:
+scale is one fp32 number for a group of codes along the axis that a GEMM sums over:
 
     activation, row-wise      1 x 128 blocks                 fprop and dgrad
-    weight                    128 x 128 blocks               the same block serves W and W^T
-    activation, column-wise   transposed, one scale a tile   wgrad reduces over tokens
+    weight                    128 x 128 tiles                the same tile serves W and W^T
+    activation, column-wise   transposed, one scale a tile   wgrad sums over tokens
                               (requantized: 1 x 128 blocks of the transposed tensor)
 
-With power-of-two scales, changing a scale by 2^k only moves the exponents of its codes. That is
-what makes the scaling-aware transpose possible: row-wise FP8 becomes column-wise FP8 without a trip
-through BF16.
-
-Each operation is three things: `op_ref` (the twin: the specification, any device), `_op_kernel`
-(Triton), and `op`, the wrapper. Wrappers are all alike, so read one, `quantize`: it checks its
-arguments, runs the twin where no kernel can run, allocates the result and launches the kernel (on a
-GPU, and under TRITON_INTERPRET=1). It raises ValueError for a dtype, shape, device or scale layout
-that the kernel was not written for. What index tensors hold is checked only where the twin runs: on
-a GPU, reading it would make the host wait.
+An operation is a twin, `op_ref`, which specifies it and runs anywhere; a Triton kernel; and a
+wrapper, `op`. Wrappers are all alike, so read one, `quantize`: it checks its arguments, runs the
+twin where no kernel can run, allocates the result and launches the kernel (on a GPU, and under
+TRITON_INTERPRET=1). It raises ValueError for a dtype, shape, device or scale layout that the kernel
+was not written for. What index tensors hold is checked only where the twin runs: on a GPU, reading
+it would make the host wait.
 
 Tokens are sorted by expert and padded, so that each expert has whole tiles of 128 slots. How many
-tiles that makes depends on the routing, which the host must not wait for: tensors are as large as
-it can get, `tile_expert` [M/128] names the expert of each tile, -1 for those at the end that nobody
-uses, and kernels skip these. `ends` [E] says where each expert's slots end.
+tiles are used depends on the routing, which the host must not wait for. So tensors have room for
+the most there can be: `tile_expert` [M/128] names the expert of each tile, -1 for those at the end
+that nobody uses, and kernels skip these. `ends` [E] says where each expert's slots end.
 
-Reading order: E4M3 and its scales, quantize, scaling_aware_transpose, swiglu_quantize, gather_rows,
-and the grouped GEMM in three levels: grouped_gemm_ref, _grouped_gemm_kernel (the loop),
-_hopper_gemm_kernel (the loop without waiting). Then come the casts and transposes that naive needs
-and flow does not, which kernel runs where, and the checks.
+Reading order: E4M3 and its scales, quantize, the transpose, SwiGLU, moving rows, and the grouped
+GEMM in three levels: the twin, the loop, and the loop without waiting. Then come SwiGLU's backward,
+the weights, the casts and transposes that naive needs and flow does not, which kernel runs where,
+and the checks.
 
 Shapes: R rows, C columns of any matrix; T tokens, M padded token slots, F expert width, E experts;
 a GEMM is [M, K] times [N, K]^T (in wgrad M and N are widths, and K is the slots).
@@ -58,34 +52,28 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 BLOCK = 128                     # codes per scale, rows per expert tile, K-step of the GEMMs
 FP8 = torch.float8_e4m3fn
-E4M3_MAX = 448.0                # 0.875 * 2^9
+E4M3_MAX = 448.0                # 1.75 * 2^8
 SCALE_MIN = 2.0 ** -126         # the smallest normal fp32: the scale of an all-zero block
 SCALES = ("pow2", "fp32")       # the smallest power of two >= amax/448, or amax/448 itself
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 _E4M3_MAX = tl.constexpr(E4M3_MAX)          # Inside a kernel only constexprs can be seen.
 _SCALE_MIN = tl.constexpr(SCALE_MIN)
-# An fp32 number is a sign, 8 bits of exponent + 127, and 23 bits of mantissa.
-_INF_BITS = tl.constexpr(0x7F800000)        # as an integer, every finite magnitude lies below it
+_INF_BITS = tl.constexpr(0x7F800000)        # of fp32: as integers, finite magnitudes lie below it
 _MANTISSA_BITS = tl.constexpr(0x007FFFFF)
-_MANTISSA_OF_448 = tl.constexpr(0x00600000)     # 448 = 1.75 * 2^8: 0.75 of 2^23
+_MANTISSA_OF_448 = tl.constexpr(0x00600000)     # 0.75 of 2^23, since 448 = 1.75 * 2^8
 
 
 class QTensor(NamedTuple):
     """An FP8 tensor.
 
     data    [..., R, C] float8_e4m3fn codes.
-    scale   [..., C/128, R/r] fp32, one for every r x 128 codes: r = 1, a block of a row, or
-            r = 128, a tile.
+    scale   [..., C/128, R] fp32 for 1x128 blocks, or [..., C/128, R/128] for 128x128 tiles.
     policy  "pow2" or "fp32": how the scales were chosen. Only "pow2" can be shifted.
 
-    The axes of `scale` are in the other order than those of `data`: a GEMM walks along C, and at
-    each step it reads the scales of all its rows, which lie side by side. For data [4, 256]:
-
-        data   row 0   a a a a ... a | b b b b ... b        scale   a c e g     columns 0 to 127
-               row 1   c c c c ... c | d d d d ... d                b d f h     columns 128 to 255
-               row 2   e e e e ... e | f f f f ... f
-               row 3   g g g g ... g | h h h h ... h
+    Scales lie in the other order than codes: with 1x128 blocks, scale[c, r] belongs to
+    data[r, 128c : 128c + 128]. A GEMM walks along C, and reads the scales of all its rows at each
+    step; so they lie side by side.
     """
     data: Tensor
     scale: Tensor
@@ -100,15 +88,16 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
     """The scale of a block whose largest magnitude is amax (fp32, any shape), and the factor that
     encodes with it, 1/scale.
 
-    fp32: amax/448.   pow2: the smallest power of two >= amax/448.
-    A block of zeros gets SCALE_MIN. So does a block that is not finite, and a factor of NaN: all
-    its codes become NaN, and no neighbour is touched.
+    fp32: amax/448.   pow2: the smallest power of two >= amax/448. Thus 3.0 = 1.5 * 2^1 gets the
+    scale 2^-7, and its code is 384.
+    A block of zeros gets SCALE_MIN, the smallest scale. A block with NaN or Inf gets SCALE_MIN and
+    a factor of NaN, so all its codes become NaN.
     """
     if scales == "pow2":
-        # amax = mantissa * 2^exponent with 0.5 <= mantissa < 1, and 448 = 0.875 * 2^9. Thus
-        # 3.0 = 0.75 * 2^2 gets the scale 2^-7, and its code is 384.
-        mantissa, exponent = torch.frexp(amax)
-        exponent = exponent - 9 + (mantissa > 0.875).int()
+        mantissa, exponent = torch.frexp(amax)      # amax = mantissa * 2^exponent, mantissa < 1
+        mantissa = 2 * mantissa
+        exponent = exponent - 1                     # now 1 <= mantissa < 2, as in 448 = 1.75 * 2^8
+        exponent = exponent - 8 + (mantissa > 1.75).int()
         exponent = exponent.clamp(min=-126)
         scale = ((exponent + 127) << 23).view(torch.float32)        # 2^exponent
     else:
@@ -122,8 +111,8 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _scale_of(amax_bits, POW2: tl.constexpr):
-    """scale_of on the bits of amax >= 0 (int32), which are ordered as the floats are, Inf and NaN
-    on top. Here amax = m * 2^e with 1 <= m < 2; exponents are stored plus 127."""
+    """The same on the bits of amax (int32): exponent + 127, then 23 bits of mantissa. As integers,
+    magnitudes are ordered as they are as floats, Inf and NaN on top."""
     finite = amax_bits < _INF_BITS
     if POW2:
         rounds_up = ((amax_bits & _MANTISSA_BITS) > _MANTISSA_OF_448).to(tl.int32)
@@ -179,12 +168,10 @@ def quantize_ref(x: Tensor, scales: str = "pow2") -> QTensor:
 def _quantize_kernel(
         x,                                  # [R, C] bf16, fp16 or fp32
         data, scale,                        # [R, C] uint8, [C/128, R] fp32
-        tile_expert,                        # [R/128] int32 (ROW_TILES), [C/128], or None
-        R, C,
-        POW2: tl.constexpr, ROW_TILES: tl.constexpr, R_TILE: tl.constexpr, TILE: tl.constexpr):
+        tile_expert,                        # [R/128] int32 or None
+        R, C, POW2: tl.constexpr, R_TILE: tl.constexpr, TILE: tl.constexpr):
     """Grid (R/R_TILE, C/128). Reads 2RC, writes RC bytes: three quarters of a BF16 copy."""
-    tile = tl.program_id(0) * R_TILE // TILE if ROW_TILES else tl.program_id(1)
-    if _is_unused(tile_expert, tile):
+    if _is_unused(tile_expert, tl.program_id(0) * R_TILE // TILE):
         return
     r = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)
     c = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -196,19 +183,16 @@ def _quantize_kernel(
     tl.store(scale + tl.program_id(1).to(tl.int64) * R + r, s, mask=r < R)
 
 
-def quantize(x: Tensor, scales: str = "pow2", tile_expert: Tensor | None = None,
-             tile_axis: int = 0) -> QTensor:
+def quantize(x: Tensor, scales: str = "pow2", tile_expert: Tensor | None = None) -> QTensor:
     """Row-wise quantization in 1x128 blocks; the paper rounds scales up to powers of two.
 
     x [R, C] bf16, fp16 or fp32, C a multiple of 128; scales "pow2" | "fp32" -> QTensor [R, C],
     scale [C/128, R]. A block that holds NaN or Inf dequantizes to NaN.
-    tile_expert int32, one for every 128 slots: tiles marked -1 are skipped, and stay undefined.
-    Slots are the rows (tile_axis 0) or, in a transposed tensor, the columns (1).
+    tile_expert [R/128] int32: tiles of rows marked -1 are skipped, and stay undefined.
     """
     check_choice("scales", scales, SCALES)
     check("x", x, FLOATS, ANY, BY_128)
-    check_choice("tile_axis", tile_axis, (0, 1))
-    tile_expert = check_tiles(tile_expert, x.shape[tile_axis], x)
+    tile_expert = check_tiles(tile_expert, len(x), x)
     if not use_kernels(x):
         return quantize_ref(x, scales)
     x = x.contiguous()
@@ -217,107 +201,13 @@ def quantize(x: Tensor, scales: str = "pow2", tile_expert: Tensor | None = None,
     q = _empty_q(x, R, C, scales)
     _quantize_kernel[triton.cdiv(R, r_tile), C // BLOCK](
         x, _bytes(q.data), q.scale, tile_expert, R, C,
-        POW2=scales == "pow2", ROW_TILES=tile_axis == 0, R_TILE=r_tile, TILE=BLOCK, num_warps=8)
+        POW2=scales == "pow2", R_TILE=r_tile, TILE=BLOCK, num_warps=8)
     return q
-
-
-def _empty_q(like: Tensor, R: int, C: int, scales: str) -> QTensor:
-    data = like.new_empty(R, C, dtype=FP8)
-    scale = like.new_empty(C // BLOCK, R, dtype=torch.float32)
-    return QTensor(data, scale, scales)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """FP8 goes through kernels as uint8: no load or store depends on how a compiler treats fp8."""
-    return x.view(torch.uint8)
-
-
-def _data_and_scale(x) -> tuple[Tensor | None, Tensor | None]:
-    """What a kernel gets for a QTensor, for a tensor, which has no scale, or for nothing."""
-    if isinstance(x, QTensor):
-        return _bytes(x.data), x.scale
-    return x, None
-
-
-def _is_pow2(x) -> bool:
-    return isinstance(x, QTensor) and x.policy == "pow2"
 
 
 def dequantize_ref(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     scale = repeat(q.scale, "... c r -> ... (r i) (c b)", i=q.rows_per_scale, b=BLOCK)
     return (q.data.float() * scale).to(dtype)
-
-
-# ---- weights: 128x128 blocks survive a transpose, so one pass over the master writes W and W^T ---
-
-def quantize_weight_ref(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTensor]:
-    blocks = rearrange(w.float(), "e (n i) (k j) -> e k n i j", i=BLOCK, j=BLOCK)
-    scale, factor = scale_of(reduce(blocks.abs(), "e k n i j -> e k n", "max"), scales)
-    codes = _to_fp8(blocks * factor[..., None, None])
-    codes = rearrange(codes, "e k n i j -> e (n i) (k j)")
-    q = QTensor(codes.contiguous(), scale, scales)
-    q_t = QTensor(codes.mT.contiguous(), scale.mT.contiguous(), scales)
-    return q, q_t
-
-
-@triton.jit
-def _encode_again(x, factor):
-    """The codes of _encode(x * factor), from a second conversion.
-
-    One conversion could serve W and W^T, but ptxas 12.9 then corrupts the transposed store
-    (github.com/triton-lang/triton/issues/11111). Halving and doubling are exact, and keep the
-    compiler from making one conversion of the two.
-    """
-    return _encode(x * (factor * 0.5) * 2.0)
-
-
-@triton.jit
-def _quantize_weight_kernel(
-        w,                                  # [E, N, K] fp32, bf16 or fp16
-        data, scale,                        # [E, N, K] uint8, [E, K/128, N/128] fp32
-        data_t, scale_t,                    # [E, K, N] uint8, [E, N/128, K/128] fp32
-        N, K, POW2: tl.constexpr, TILE: tl.constexpr):
-    """Grid (N/128, K/128, E). Reads 4NK (fp32), writes 2NK bytes an expert."""
-    i = tl.program_id(0)
-    j = tl.program_id(1)
-    e = tl.program_id(2).to(tl.int64)
-    n = i * TILE + tl.arange(0, TILE)
-    k = j * TILE + tl.arange(0, TILE)
-    at = e * N * K + n[:, None].to(tl.int64) * K + k[None, :]
-    at_t = e * N * K + k[:, None].to(tl.int64) * N + n[None, :]
-    tile = tl.load(w + at).to(tl.float32)
-    s, factor = _scale_of(tl.max(_amax_bits(tile, 1), 0), POW2)
-    tl.store(data + at, _encode(tile * factor))
-    tl.store(data_t + at_t, tl.trans(_encode_again(tile, factor)))
-    first = e * (N // TILE) * (K // TILE)
-    tl.store(scale + first + j * (N // TILE) + i, s)
-    tl.store(scale_t + first + i * (K // TILE) + j, s)
-
-
-def quantize_weight(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTensor]:
-    """Weights for fprop and dgrad, each laid out as the MMA wants it, the summed axis last:
-    w [E, N, K] fp32, bf16 or fp16 -> W [E, N, K] and W^T [E, K, N].
-
-    N and K are multiples of 128; scales in 128x128 blocks, [E, K/128, N/128], [E, N/128, K/128].
-    """
-    check_choice("scales", scales, SCALES)
-    check("w", w, FLOATS, ANY, BY_128, BY_128)
-    if not use_kernels(w):
-        return quantize_weight_ref(w, scales)
-    w = w.contiguous()
-    E, N, K = w.shape
-    q = _empty_weight(w, N, K, scales)
-    q_t = _empty_weight(w, K, N, scales)
-    _quantize_weight_kernel[N // BLOCK, K // BLOCK, E](
-        w, _bytes(q.data), q.scale, _bytes(q_t.data), q_t.scale, N, K,
-        POW2=scales == "pow2", TILE=BLOCK, num_warps=8)
-    return q, q_t
-
-
-def _empty_weight(w: Tensor, rows: int, columns: int, scales: str) -> QTensor:
-    data = w.new_empty(len(w), rows, columns, dtype=FP8)
-    scale = w.new_empty(len(w), columns // BLOCK, rows // BLOCK, dtype=torch.float32)
-    return QTensor(data, scale, scales)
 
 
 # ---- row-wise FP8 -> column-wise FP8 -------------------------------------------------------------
@@ -364,8 +254,7 @@ def _scaling_aware_transpose_kernel(
     top = tl.max(s, 0)
     # Both are powers of two: the difference of their exponents is k = log2(top / s) >= 0.
     k = (top.to(tl.int32, bitcast=True) - s.to(tl.int32, bitcast=True)) >> 23
-    # fp16 is wide enough: it holds every code, and every product of 2^-14 or more exactly. What is
-    # smaller becomes zero in E4M3 anyway, as all does below 2^-10, half of the smallest code.
+    # fp16 holds every product that does not become zero in E4M3 anyway.
     shift = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True).to(tl.float16)
     values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     codes = _encode(values * shift[:, None])
@@ -422,94 +311,38 @@ def swiglu_quantize_ref(h: Tensor, prob: Tensor, scales: str = "pow2") -> QTenso
     return quantize_ref(swiglu_ref(h.float(), prob), scales)
 
 
-def swiglu_backward_ref(da: Tensor, h: Tensor, prob: Tensor) -> tuple[Tensor, Tensor]:
-    gate, up = h.float().chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(gate)
-    da = da.float()
-    dprob = (da * gate * sigmoid * up).sum(-1)
-    dgate = da * prob[:, None] * up * sigmoid * (1 + gate * (1 - sigmoid))
-    dup = da * prob[:, None] * gate * sigmoid
-    return torch.cat([dgate, dup], dim=-1).to(h.dtype), dprob
-
-
-def swiglu_backward_quantize_ref(da: Tensor, h: Tensor, prob: Tensor, scales: str = "pow2"):
-    dh, dprob = swiglu_backward_ref(da, h.float(), prob)
-    return quantize_ref(dh, scales), dprob, swiglu_quantize_ref(h, prob, scales)
-
-
 @triton.jit
-def _quantize_blocks(x, POW2: tl.constexpr, TILE: tl.constexpr):
-    """A part of a kernel: x [R, C] fp32 in registers -> codes [R, C], scale [R, C/TILE]."""
-    blocks = tl.reshape(x, (x.shape[0], x.shape[1] // TILE, TILE))
-    scale, factor = _scale_of(_amax_bits(blocks, 2), POW2)
-    codes = _encode(blocks * factor[:, :, None])
-    return tl.reshape(codes, x.shape), scale
+def _store_rows(x, first, data, scale, r, live, width, M, POW2: tl.constexpr, TILE: tl.constexpr):
+    """Stores x [R, C], rows r and the columns from `first` on of a matrix of this width: in 1x128
+    blocks with their scales, or as it is where there is no `scale`."""
+    c = first + tl.arange(0, x.shape[1])[None, :]
+    if scale is not None:
+        blocks = tl.reshape(x, (x.shape[0], x.shape[1] // TILE, TILE))
+        s, factor = _scale_of(_amax_bits(blocks, 2), POW2)
+        x = tl.reshape(_encode(blocks * factor[:, :, None]), x.shape)
+        block = first // TILE + tl.arange(0, x.shape[1] // TILE)[None, :].to(tl.int64)
+        tl.store(scale + block * M + r, s, mask=live)
+    tl.store(data + r * width + c, x.to(data.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def _swiglu_kernel(
         h, prob, tile_expert,               # [M, 2F] bf16, [M] fp32, [M/128] int32 or None
-        a, scale,                           # [M, F] uint8 and [F/128, M] fp32, or bf16 and None
+        a, a_scale,                         # [M, F] uint8 and [F/128, M] fp32, or bf16 and None
         M, F,
         POW2: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, TILE: tl.constexpr):
     """Grid (M/R_TILE, F/C_TILE). Reads 4MF, writes MF bytes (2MF unquantized)."""
     if _is_unused(tile_expert, tl.program_id(0) * R_TILE // TILE):
         return
-    r = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)
-    c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
-    live = (r < M)[:, None]
-    at = r[:, None] * F * 2 + c[None, :]
-    gate = tl.load(h + at, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(h + F + at, mask=live, other=0.0).to(tl.float32)
-    p = tl.load(prob + r, mask=r < M, other=0.0)
-    y = gate * tl.sigmoid(gate) * up * p[:, None]
-    if scale is not None:
-        y, s = _quantize_blocks(y, POW2, TILE)              # y is codes from here on.
-        block = tl.program_id(1) * (C_TILE // TILE) + tl.arange(0, C_TILE // TILE)
-        tl.store(scale + block[None, :].to(tl.int64) * M + r[:, None], s, mask=live)
-    tl.store(a + r[:, None] * F + c[None, :], y.to(a.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def _swiglu_backward_kernel(
-        da, h, prob, tile_expert,           # [M, F] bf16, [M, 2F] bf16, [M] fp32, [M/128] or None
-        dh, dh_scale,                       # [M, 2F] uint8 and [2F/128, M] fp32, or bf16 and None
-        dprob,                              # [M] fp32
-        a, a_scale,                         # [M, F] uint8 and [F/128, M] fp32, or None and None
-        M, F,
-        POW2: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, TILE: tl.constexpr):
-    """Grid (M/R_TILE,). Reads 6MF, writes 4MF bytes (dH and A in FP8: 3MF).
-
-    A program owns whole rows and walks along them, so that dprob is a plain sum: no atomics.
-    """
-    if _is_unused(tile_expert, tl.program_id(0) * R_TILE // TILE):
-        return
     r = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)[:, None]
+    first = tl.program_id(1) * C_TILE
+    c = first + tl.arange(0, C_TILE)[None, :]
     live = r < M
     p = tl.load(prob + r, mask=live, other=0.0)
-    dp = tl.zeros((R_TILE, 1), tl.float32)
-    for first in range(0, F, C_TILE):
-        c = first + tl.arange(0, C_TILE)[None, :]
-        gate = tl.load(h + r * F * 2 + c, mask=live, other=0.0).to(tl.float32)
-        up = tl.load(h + r * F * 2 + F + c, mask=live, other=0.0).to(tl.float32)
-        d = tl.load(da + r * F + c, mask=live, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        dp += tl.sum(d * silu * up, 1, keep_dims=True)
-        dgate = d * p * up * sigmoid * (1 + gate * (1 - sigmoid))
-        dup = d * p * silu
-        if dh_scale is not None:
-            block = first // TILE + tl.arange(0, C_TILE // TILE)[None, :].to(tl.int64)
-            y, s = _quantize_blocks(silu * up * p, POW2, TILE)  # A again is cheaper than A kept.
-            tl.store(a_scale + block * M + r, s, mask=live)
-            tl.store(a + r * F + c, y, mask=live)
-            dgate, s = _quantize_blocks(dgate, POW2, TILE)
-            tl.store(dh_scale + block * M + r, s, mask=live)
-            dup, s = _quantize_blocks(dup, POW2, TILE)
-            tl.store(dh_scale + (block + F // TILE) * M + r, s, mask=live)
-        tl.store(dh + r * F * 2 + c, dgate.to(dh.dtype.element_ty), mask=live)
-        tl.store(dh + r * F * 2 + F + c, dup.to(dh.dtype.element_ty), mask=live)
-    tl.store(dprob + r, dp, mask=live)
+    gate = tl.load(h + r * F * 2 + c, mask=live, other=0.0).to(tl.float32)
+    up = tl.load(h + r * F * 2 + F + c, mask=live, other=0.0).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * up * p
+    _store_rows(y, first, a, a_scale, r, live, F, M, POW2, TILE)
 
 
 def _check_swiglu(h: Tensor, prob: Tensor, scales: str = "pow2") -> None:
@@ -538,17 +371,6 @@ def _launch_swiglu(h: Tensor, prob: Tensor, tile_expert: Tensor | None, a) -> No
         POW2=_is_pow2(a), R_TILE=r_tile, C_TILE=c_tile, TILE=BLOCK, num_warps=4)
 
 
-def _launch_swiglu_backward(da: Tensor, h: Tensor, prob: Tensor, tile_expert: Tensor | None,
-                            dh, dprob: Tensor, a) -> None:
-    """Fills dh, dprob and a: dh and a are QTensors, or dh is a tensor like h and a is None."""
-    M, F = da.shape
-    r_tile, c_tile = _swiglu_tile(F)
-    _swiglu_backward_kernel[(triton.cdiv(M, r_tile),)](
-        da.contiguous(), h.contiguous(), prob.contiguous(), tile_expert,
-        *_data_and_scale(dh), dprob, *_data_and_scale(a), M, F,
-        POW2=_is_pow2(dh), R_TILE=r_tile, C_TILE=c_tile, TILE=BLOCK, num_warps=4)
-
-
 def swiglu_quantize(h: Tensor, prob: Tensor, scales: str = "pow2",
                     tile_expert: Tensor | None = None) -> QTensor:
     """SwiGLU that emits FP8, a fused operator of the paper: h [M, 2F] bf16 = [gate | up],
@@ -564,24 +386,6 @@ def swiglu_quantize(h: Tensor, prob: Tensor, scales: str = "pow2",
     a = _empty_q(h, len(h), h.shape[1] // 2, scales)
     _launch_swiglu(h, prob, tile_expert, a)
     return a
-
-
-def swiglu_backward_quantize(
-        da: Tensor, h: Tensor, prob: Tensor, scales: str = "pow2",
-        tile_expert: Tensor | None = None) -> tuple[QTensor, Tensor, QTensor]:
-    """Its backward, which emits FP8, too: da [M, F] bf16 -> dh [M, 2F] row-wise, dprob [M] fp32,
-    and A [M, F] row-wise once more, from the h that is at hand, for the weight gradient of fc2."""
-    _check_swiglu(h, prob, scales)
-    check("da", da, (h.dtype,), len(h), h.shape[1] // 2, like=h)
-    tile_expert = check_tiles(tile_expert, len(h), h)
-    if not use_kernels(h):
-        return swiglu_backward_quantize_ref(da, h, prob, scales)
-    M, F = da.shape
-    dh = _empty_q(h, M, 2 * F, scales)
-    dprob = prob.new_empty(M)
-    a = _empty_q(h, M, F, scales)
-    _launch_swiglu_backward(da, h, prob, tile_expert, dh, dprob, a)
-    return dh, dprob, a
 
 
 # ---- permute + pad is one gather of rows; unpermute + unpad is one gather and sum ----------------
@@ -722,43 +526,39 @@ def grouped_wgrad_ref(a: QTensor, b: QTensor, ends: Tensor,
 
 @triton.jit
 def _grouped_gemm_kernel(
-        #              fprop and dgrad      wgrad
-        a,           # [M, K] uint8         [M, K]
-        b,           # [E, N, K] uint8      [N, K]
-        out,         # [M, N]               [E, M, N]
-        a_scale,     # [K/128, M/A_PER]     [K/128, M/A_PER]
-        b_scale,     # [E, K/128, N/B_PER]  [K/128, N/B_PER]
-        tile_expert, # [M/128] int32        None
-        ends,        # [E] int32            [E] int32
+        a, b,                       # [M, K] and [E, N, K] uint8; in wgrad [M, K] and [N, K]
+        out,                        # [M, N] bf16; in wgrad [E, M, N] bf16 or fp32
+        a_scale, b_scale,           # [K/128, M/A_PER] and [E, K/128, N/B_PER] fp32; in wgrad no E
+        tile_expert,                # [M/128] int32; in wgrad None
+        ends,                       # [E] int32, which the loop reads in wgrad alone
         M, N, K,
         WGRAD: tl.constexpr, A_PER: tl.constexpr, B_PER: tl.constexpr, TILE: tl.constexpr):
-    """Grid (M/128, N/128), wgrad (M/128, N/128, E): a program sums one tile, 128 products of K at
-    a time.
+    """Grid (M/128, N/128), wgrad (M/128, N/128, E): a program makes one tile of out, and sums 128
+    products at a time.
 
     Hopper's tensor core sums FP8 products in about 14 bits and truncates, so each partial sum of
     128 is promoted: the CUDA cores multiply it by its scales and add it to an fp32 accumulator.
-    fprop and dgrad sum over all of K with the weight of the tile's expert; wgrad sums over the
-    slots of one expert (there M and N are widths). A_PER, B_PER: the rows that share a scale, 1 or
-    128.
+    fprop and dgrad sum over all of K, a width, with the weight of the tile's expert. In wgrad M and
+    N are widths and K is the slots: it sums over those of one expert.
+    A_PER, B_PER: the rows that share a scale, 1 or 128.
     """
     m = tl.program_id(0)
     n = tl.program_id(1)
-    k_steps = K // TILE
-    if WGRAD:
+    if not WGRAD:
+        e = tl.load(tile_expert + m)
+        if e < 0:
+            return
+        begin = 0
+        end = K // TILE
+        b_row = e * N + n * TILE
+        b_scale += e * (K // TILE) * (N // B_PER)
+        out_row = m * TILE
+    else:
         e = tl.program_id(2)
         begin = tl.load(ends + e - 1, mask=e > 0, other=0) // TILE
         end = tl.load(ends + e) // TILE
         b_row = n * TILE
         out_row = e * M + m * TILE
-    else:
-        e = tl.load(tile_expert + m)
-        if e < 0:
-            return
-        begin = 0
-        end = k_steps
-        b_row = e * N + n * TILE
-        b_scale += e * k_steps * (N // B_PER)
-        out_row = m * TILE
     i = tl.arange(0, TILE)
     a_at = a + (m * TILE + i)[:, None].to(tl.int64) * K + i[None, :]
     b_at = b + (b_row + i)[None, :].to(tl.int64) * K + i[:, None]
@@ -1206,6 +1006,154 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor,
     return out
 
 
+# ---- SwiGLU backward -----------------------------------------------------------------------------
+
+def swiglu_backward_ref(da: Tensor, h: Tensor, prob: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = h.float().chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    dsilu = sigmoid * (1 + gate * (1 - sigmoid))
+    da = da.float()
+    dprob = (da * silu(gate) * up).sum(-1)
+    dgate = da * prob[:, None] * up * dsilu
+    dup = da * prob[:, None] * silu(gate)
+    return torch.cat([dgate, dup], dim=-1).to(h.dtype), dprob
+
+
+def swiglu_backward_quantize_ref(da: Tensor, h: Tensor, prob: Tensor, scales: str = "pow2"):
+    dh, dprob = swiglu_backward_ref(da, h.float(), prob)
+    return quantize_ref(dh, scales), dprob, swiglu_quantize_ref(h, prob, scales)
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+        da, h, prob, tile_expert,           # [M, F] bf16, [M, 2F] bf16, [M] fp32, [M/128] or None
+        dh, dh_scale,                       # [M, 2F] uint8 and [2F/128, M] fp32, or bf16 and None
+        dprob,                              # [M] fp32
+        a, a_scale,                         # [M, F] uint8 and [F/128, M] fp32, or None and None
+        M, F,
+        POW2: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, TILE: tl.constexpr):
+    """Grid (M/R_TILE,). Reads 6MF, writes 4MF bytes (dH and A in FP8: 3MF).
+
+    A program owns whole rows and walks along them, so that dprob is a plain sum: no atomics.
+    """
+    if _is_unused(tile_expert, tl.program_id(0) * R_TILE // TILE):
+        return
+    r = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)[:, None]
+    live = r < M
+    p = tl.load(prob + r, mask=live, other=0.0)
+    dp = tl.zeros((R_TILE, 1), tl.float32)
+    for first in range(0, F, C_TILE):
+        c = first + tl.arange(0, C_TILE)[None, :]
+        gate = tl.load(h + r * F * 2 + c, mask=live, other=0.0).to(tl.float32)
+        up = tl.load(h + r * F * 2 + F + c, mask=live, other=0.0).to(tl.float32)
+        d = tl.load(da + r * F + c, mask=live, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        dsilu = sigmoid * (1 + gate * (1 - sigmoid))
+        dp += tl.sum(d * silu * up, 1, keep_dims=True)
+        _store_rows(d * p * up * dsilu, first, dh, dh_scale, r, live, 2 * F, M, POW2, TILE)
+        _store_rows(d * p * silu, F + first, dh, dh_scale, r, live, 2 * F, M, POW2, TILE)
+        if a is not None:                   # A again is cheaper than A kept.
+            _store_rows(silu * up * p, first, a, a_scale, r, live, F, M, POW2, TILE)
+    tl.store(dprob + r, dp, mask=live)
+
+
+def _launch_swiglu_backward(da: Tensor, h: Tensor, prob: Tensor, tile_expert: Tensor | None,
+                            dh, dprob: Tensor, a) -> None:
+    """Fills dh, dprob and a: dh and a are QTensors, or dh is a tensor like h and a is None."""
+    M, F = da.shape
+    r_tile, c_tile = _swiglu_tile(F)
+    _swiglu_backward_kernel[(triton.cdiv(M, r_tile),)](
+        da.contiguous(), h.contiguous(), prob.contiguous(), tile_expert,
+        *_data_and_scale(dh), dprob, *_data_and_scale(a), M, F,
+        POW2=_is_pow2(dh), R_TILE=r_tile, C_TILE=c_tile, TILE=BLOCK, num_warps=4)
+
+
+def swiglu_backward_quantize(
+        da: Tensor, h: Tensor, prob: Tensor, scales: str = "pow2",
+        tile_expert: Tensor | None = None) -> tuple[QTensor, Tensor, QTensor]:
+    """The backward of `swiglu_quantize`, which emits FP8, too: da [M, F] bf16 -> dh [M, 2F]
+    row-wise, dprob [M] fp32, and A [M, F] row-wise once more, from the h that is at hand, for the
+    weight gradient of fc2."""
+    _check_swiglu(h, prob, scales)
+    check("da", da, (h.dtype,), len(h), h.shape[1] // 2, like=h)
+    tile_expert = check_tiles(tile_expert, len(h), h)
+    if not use_kernels(h):
+        return swiglu_backward_quantize_ref(da, h, prob, scales)
+    M, F = da.shape
+    dh = _empty_q(h, M, 2 * F, scales)
+    dprob = prob.new_empty(M)
+    a = _empty_q(h, M, F, scales)
+    _launch_swiglu_backward(da, h, prob, tile_expert, dh, dprob, a)
+    return dh, dprob, a
+
+
+# ---- weights: 128x128 tiles survive a transpose, so one pass over the master writes W and W^T ----
+
+def quantize_weight_ref(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTensor]:
+    blocks = rearrange(w.float(), "e (n i) (k j) -> e k n i j", i=BLOCK, j=BLOCK)
+    scale, factor = scale_of(reduce(blocks.abs(), "e k n i j -> e k n", "max"), scales)
+    codes = _to_fp8(blocks * factor[..., None, None])
+    codes = rearrange(codes, "e k n i j -> e (n i) (k j)")
+    q = QTensor(codes.contiguous(), scale, scales)
+    q_t = QTensor(codes.mT.contiguous(), scale.mT.contiguous(), scales)
+    return q, q_t
+
+
+@triton.jit
+def _encode_again(x, factor):
+    """The codes of _encode(x * factor), from a second conversion.
+
+    One conversion could serve W and W^T, but ptxas 12.9 then corrupts the transposed store
+    (github.com/triton-lang/triton/issues/11111). Halving and doubling are exact, and keep the
+    compiler from making one conversion of the two.
+    """
+    return _encode(x * (factor * 0.5) * 2.0)
+
+
+@triton.jit
+def _quantize_weight_kernel(
+        w,                                  # [E, N, K] fp32, bf16 or fp16
+        data, scale,                        # [E, N, K] uint8, [E, K/128, N/128] fp32
+        data_t, scale_t,                    # [E, K, N] uint8, [E, N/128, K/128] fp32
+        N, K, POW2: tl.constexpr, TILE: tl.constexpr):
+    """Grid (N/128, K/128, E). Reads 4NK (fp32), writes 2NK bytes an expert."""
+    i = tl.program_id(0)
+    j = tl.program_id(1)
+    e = tl.program_id(2).to(tl.int64)
+    n = i * TILE + tl.arange(0, TILE)
+    k = j * TILE + tl.arange(0, TILE)
+    at = e * N * K + n[:, None].to(tl.int64) * K + k[None, :]
+    at_t = e * N * K + k[:, None].to(tl.int64) * N + n[None, :]
+    tile = tl.load(w + at).to(tl.float32)
+    s, factor = _scale_of(tl.max(_amax_bits(tile, 1), 0), POW2)
+    tl.store(data + at, _encode(tile * factor))
+    tl.store(data_t + at_t, tl.trans(_encode_again(tile, factor)))
+    first = e * (N // TILE) * (K // TILE)
+    tl.store(scale + first + j * (N // TILE) + i, s)
+    tl.store(scale_t + first + i * (K // TILE) + j, s)
+
+
+def quantize_weight(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTensor]:
+    """Weights for fprop and dgrad, each laid out as the MMA wants it, the summed axis last:
+    w [E, N, K] fp32, bf16 or fp16 -> W [E, N, K] and W^T [E, K, N].
+
+    N and K are multiples of 128; scales in 128x128 blocks, [E, K/128, N/128], [E, N/128, K/128].
+    """
+    check_choice("scales", scales, SCALES)
+    check("w", w, FLOATS, ANY, BY_128, BY_128)
+    if not use_kernels(w):
+        return quantize_weight_ref(w, scales)
+    w = w.contiguous()
+    E, N, K = w.shape
+    q = _empty_weight(w, N, K, scales)
+    q_t = _empty_weight(w, K, N, scales)
+    _quantize_weight_kernel[N // BLOCK, K // BLOCK, E](
+        w, _bytes(q.data), q.scale, _bytes(q_t.data), q_t.scale, N, K,
+        POW2=scales == "pow2", TILE=BLOCK, num_warps=8)
+    return q, q_t
+
+
 # ---- what flow does without: naive's casts and transposes, SwiGLU in bf16 ------------------------
 
 @triton.jit
@@ -1255,12 +1203,14 @@ def _transpose_kernel(
         tile_expert,                        # [R/128] int32 or None
         R, C, TILE: tl.constexpr):
     """Grid (C/128, R/128). Reads 2RC, writes 2RC bytes."""
-    if _is_unused(tile_expert, tl.program_id(1)):
-        return
     r = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     c = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    out += c[:, None] * R + r[None, :]
+    if _is_unused(tile_expert, tl.program_id(1)):
+        tl.store(out, tl.zeros((TILE, TILE), x.dtype.element_ty))
+        return
     tile = tl.load(x + r[:, None] * C + c[None, :])
-    tl.store(out + c[:, None] * R + r[None, :], tl.trans(tile))
+    tl.store(out, tl.trans(tile))
 
 
 def transpose(x: Tensor, tile_expert: Tensor | None = None) -> Tensor:
@@ -1268,7 +1218,7 @@ def transpose(x: Tensor, tile_expert: Tensor | None = None) -> Tensor:
     launches, dequantize, transpose, quantize.
 
     A kernel of its own, because PyTorch's copy runs at a fraction of the bandwidth.
-    tile_expert [R/128] int32: tiles of rows marked -1 stay undefined.
+    tile_expert [R/128] int32: tiles of rows marked -1 become zeros, which quantize may read.
     """
     check("x", x, FLOATS, BY_128, BY_128)
     tile_expert = check_tiles(tile_expert, len(x), x)
@@ -1405,6 +1355,36 @@ def _rounding_cast(values, source, target, rounding_mode=None):
 if INTERPRET:
     from triton.runtime import interpreter
     interpreter._convert_float = _rounding_cast
+
+
+# ---- what wrappers share -------------------------------------------------------------------------
+
+def _empty_q(like: Tensor, R: int, C: int, scales: str) -> QTensor:
+    data = like.new_empty(R, C, dtype=FP8)
+    scale = like.new_empty(C // BLOCK, R, dtype=torch.float32)
+    return QTensor(data, scale, scales)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """FP8 goes through kernels as uint8: no load or store depends on how a compiler treats fp8."""
+    return x.view(torch.uint8)
+
+
+def _data_and_scale(x) -> tuple[Tensor | None, Tensor | None]:
+    """What a kernel gets for a QTensor, for a tensor, which has no scale, or for nothing."""
+    if isinstance(x, QTensor):
+        return _bytes(x.data), x.scale
+    return x, None
+
+
+def _is_pow2(x) -> bool:
+    return isinstance(x, QTensor) and x.policy == "pow2"
+
+
+def _empty_weight(w: Tensor, rows: int, columns: int, scales: str) -> QTensor:
+    data = w.new_empty(len(w), rows, columns, dtype=FP8)
+    scale = w.new_empty(len(w), columns // BLOCK, rows // BLOCK, dtype=torch.float32)
+    return QTensor(data, scale, scales)
 
 
 # ---- checks: one sentence with the argument, its value and the remedy, before any launch ---------

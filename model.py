@@ -1,9 +1,9 @@
 """A small Mixture-of-Experts GPT over bytes. Nothing here knows about FP8: the experts come from
 fp8flow.
 
-Activations are bf16 (on a CPU fp32: few multiply bf16 as fast), master weights fp32, the
-router computes in fp32. Attention and the router stay what they are in every recipe; only `Experts`
-changes.
+Activations are bf16 (on a CPU fp32: few multiply bf16 as fast), master weights fp32, and the router
+computes in fp32. Attention and the router stay what they are in every recipe; only `Experts`
+changes, inside which activations are bf16 or FP8 everywhere.
 
 Shapes: B sequences, S positions, D model width, H heads, E experts, k experts per token.
 """
@@ -40,7 +40,7 @@ class GPTConfig:
         for name in ("d_model", "d_expert"):
             value = getattr(self, name)
             if value % 128:
-                raise ValueError(f"{name}={value} must be a multiple of 128, the FP8 block")
+                raise ValueError(f"{name}={value} must be a multiple of 128")
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k={self.top_k} must not exceed n_experts={self.n_experts}")
         if self.d_model % (8 * self.n_heads):
@@ -72,14 +72,22 @@ def rotation(S: int, width: int, device: torch.device, dtype: torch.dtype) -> tu
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class Rotary(torch.autograd.Function):
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: x [B, S, ., H, d] -> the same, each pair (a, b) of elements i and d/2 + i
-    turned by its position's angle, so that q @ k sees distances alone. The gradient of a turn is
-    the turn back.
+    turned by its position's angle, to (a cos - b sin, b cos + a sin), so that q @ k sees distances
+    alone."""
+    half = sin.shape[-1]
+    a = x[..., :half]
+    b = x[..., half:]
+    y = x * torch.cat([cos, cos], dim=-1)
+    y[..., :half].addcmul_(b, sin, value=-1)
+    y[..., half:].addcmul_(a, sin)
+    return y
 
-    Plain products and a concatenation do the same, with autograd's backward, and read and write
-    more: a training step of the flow recipe takes 3.5% longer with them (one H100).
-    """
+
+class Rotary(torch.autograd.Function):
+    """`turn`, whose gradient is the turn back. (Autograd would find that, too, but reads and writes
+    more: a training step of the flow recipe takes 3.5% longer with it, on one H100.)"""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -90,17 +98,6 @@ class Rotary(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         cos, sin = ctx.saved_tensors
         return turn(dy, cos, -sin), None, None
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(a, b) -> (a cos - b sin, b cos + a sin)."""
-    half = sin.shape[-1]
-    a = x[..., :half]
-    b = x[..., half:]
-    y = x * torch.cat([cos, cos], dim=-1)
-    y[..., :half].addcmul_(b, sin, value=-1)
-    y[..., half:].addcmul_(a, sin)
-    return y
 
 
 class Attention(nn.Module):

@@ -472,12 +472,6 @@ def test_unused_tiles_are_skipped():
     narrow = kernels.dequantize(q, torch.bfloat16, tile_expert)
     assert torch.equal(narrow[used], kernels.dequantize(q, torch.bfloat16)[used])
     assert torch.equal(kernels.transpose(x, tile_expert)[:, used], x.t()[:, used])
-    x_t = x.t().contiguous()
-    columnwise = kernels.quantize(x_t, "pow2", tile_expert, tile_axis=1)
-    whole = kernels.quantize(x_t)
-    assert torch.equal(columnwise.data.view(torch.uint8)[:, used],
-                       whole.data.view(torch.uint8)[:, used])
-    assert torch.equal(columnwise.scale[[0, 2]], whole.scale[[0, 2]])
 
 
 # ---- grouped GEMM: against fp64 on the dequantized operands, so that quantization error cannot
@@ -1404,7 +1398,6 @@ def misuse_of_kernels():
         ("x", "list", lambda: k.quantize([1.0])),
         ("scales", "'e8m0'", lambda: k.quantize(x, "e8m0")),
         ("tile_expert", "2 long", lambda: k.quantize(x, "pow2", tiles[:1])),
-        ("tile_axis", "2", lambda: k.quantize(x, "pow2", tiles, 2)),
         ("scales", "'e8m0'", lambda: k.swiglu_quantize(h, prob, "e8m0")),
         ("scales", "'row'", lambda: k.quantize_weight(w, "row")),
         ("scales", "'row'", lambda: k.swiglu_backward_quantize(x, h, prob, "row")),

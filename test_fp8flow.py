@@ -27,6 +27,7 @@ if not CUDA and __name__ != "__main__":
 import contextlib
 import copy
 import csv
+import gc
 import inspect
 import math
 import pickle
@@ -1232,6 +1233,10 @@ def ddp_worker(rank: int, folder: Path) -> None:
         layer = torch.nn.parallel.DistributedDataParallel(fp8flow.Experts(2, 128, 128, "bf16"))
         losses = three_losses(layer, slice(16 * rank, 16 * rank + 16))
         torch.save(losses, folder / f"losses-{rank}.pt")
+        # If DDP's reducer were the last to hold the group, it would free it with the GIL held, wait
+        # for the group's threads, which may wait for the GIL, and never return.
+        del layer
+        gc.collect()
     finally:
         torch.distributed.destroy_process_group()
 
@@ -1792,8 +1797,9 @@ def test_a_loss_that_is_not_finite_ends_its_run_alone(small_train, monkeypatch, 
     before_step(monkeypatch, 4, poison)                             # of bf16, which comes first
     assert small_train("--compare", "bf16", "flow", "--out", "x") == 1
     error = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
-    assert len(error) == 1 and "bf16, seed 0" in error[0] and "of step 3 is" in error[0]
+    assert len(error) == 1 and "bf16, seed 0" in error[0]
     assert "gradient of head.weight" in error[0] and not Path("x/bf16/model.pt").exists()
+    assert [row["step"] for row in read_log("x/bf16/log.csv")] == ["0", "1", "2"]
     assert [row["recipe"] for row in read_log("x/compare.csv")] == ["flow"]
 
 
@@ -1841,8 +1847,7 @@ def test_weights_are_cast_around_the_micro_batches(monkeypatch):
     once = train_py.train_step(gpt, optimizer, window, 0.0)         # leaves the weights as they are
     events.clear()
     twice = train_py.train_step(gpt, optimizer, window.expand(2, -1, -1), 0.0)
-    assert once[:2] == pytest.approx(twice[:2], rel=1e-3)           # means over the micro-batches
-    assert once[2] == pytest.approx(twice[2], rel=1e-3)
+    assert once == pytest.approx(twice, rel=1e-3)                   # means over the micro-batches
     assert events == ["cast", "forward", "forward", "drop", "step"]
     assert all(weight.grad is None for weight in gpt.parameters())
     events.clear()
@@ -2175,7 +2180,6 @@ def test_the_walk_shows_every_case(twins_on_cpu, capsys):
         ("+5.1%", "+5.1%"), ("+6.3%", "+5.1%"), ("+5.1%", "+5.1%")]
     assert shown[-5].startswith("requantized, fp32 scales|28.72|3.67%")
     assert shown[-2].startswith("direct transpose, pow2|31.46|2.67%")
-
 
 
 if __name__ == "__main__":              # what the tests above start in processes of their own

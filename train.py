@@ -248,35 +248,35 @@ def backward(model: GPT, window: Tensor, share: float) -> Tensor:
 
 
 def train_step(model: GPT, optimizer: torch.optim.Optimizer, windows: Tensor,
-               lr: float) -> tuple[float, float, dict[str, float]]:
+               lr: float) -> tuple[float, float, float]:
     """One step on windows [accumulate, batch, seq_len + 1]. Returns the loss, the load-balancing
-    loss, and the norm of each weight's gradient by the weight's name."""
+    loss and the norm of the gradient. Raises FloatingPointError, before any weight changes, where
+    one of them is not finite."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     losses = []
     with weights_cast_once(model):      # for all micro-batches, not in each call of the experts
         for window in windows:
             losses.append(backward(model, window, 1 / len(windows)))
-    norms = torch.stack([weight.grad.norm() for weight in model.parameters()])
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, norms.norm())
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()])
+    numbers = torch.stack([*torch.stack(losses).mean(0), norm])
+    loss, balance, grad_norm = numbers.tolist()         # Here the host waits for the device.
+    check_finite(model, loss, grad_norm)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, norm)
     optimizer.step()
     optimizer.zero_grad()
-    # To read a number makes the host wait for the device, so all are read at once.
-    loss, balance, *norms = torch.cat([torch.stack(losses).mean(0), norms]).tolist()
-    names = [name for name, _ in model.named_parameters()]
-    return loss, balance, dict(zip(names, norms))
+    return loss, balance, grad_norm
 
 
-def check_finite(step: int, loss: float, norms: dict[str, float], val_loss: float | None) -> None:
-    """Raises FloatingPointError, which names the first that is not finite."""
-    values = {"loss": loss}
-    for name, norm in norms.items():
-        values[f"gradient of {name}"] = norm
-    if val_loss is not None:
-        values["validation loss"] = val_loss
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the {name} of step {step} is not finite: lower --lr")
+def check_finite(model: GPT, loss: float, grad_norm: float) -> None:
+    """Raises FloatingPointError for a loss or a gradient that is not finite, the first by name."""
+    if not math.isfinite(loss):
+        raise FloatingPointError("the loss is not finite: lower --lr")
+    if not math.isfinite(grad_norm):
+        for name, weight in model.named_parameters():
+            if not weight.grad.isfinite().all():
+                raise FloatingPointError(f"the gradient of {name} is not finite: lower --lr")
+        raise FloatingPointError("the norm of the gradient is not finite: lower --lr")
 
 
 def make_model(run: Run) -> tuple[GPT, torch.optim.Optimizer]:
@@ -319,36 +319,34 @@ def train(run: Run, data: Data, stop: threading.Event) -> dict:
             began = time.perf_counter()
             windows = draw_windows(train_text, run.seed, step, preset)
             lr = learning_rate(step, preset)
-            loss, balance, norms = train_step(model, optimizer, windows, lr)
-            seconds = time.perf_counter() - began
+            loss, balance, grad_norm = train_step(model, optimizer, windows, lr)
+            speed = preset.tokens_per_step / (time.perf_counter() - began)
 
-            is_last = step + 1 == preset.steps
-            val_loss = None
-            if is_last or (step + 1) % preset.val_every == 0:
+            done = step + 1
+            val_loss = math.nan
+            if done == preset.steps or done % preset.val_every == 0:
                 val_loss = validate(model, val_text, preset)
-            rows.append({
-                "step": step, "loss": f"{loss:.6f}",
-                "val_loss": "nan" if val_loss is None else f"{val_loss:.6f}",
-                "tokens_per_s": f"{preset.tokens_per_step / seconds:.1f}", "lr": f"{lr:.3e}",
-                "grad_norm": f"{math.hypot(*norms.values()):.4f}", "balance": f"{balance:.4f}"})
+            rows.append({"step": step, "loss": loss, "val_loss": val_loss, "tokens_per_s": speed,
+                         "lr": lr, "grad_norm": grad_norm, "balance": balance})
             log.writerow(rows[-1])
             file.flush()
-            bar.set_postfix(loss=rows[-1]["loss"], refresh=False)
-            check_finite(step, loss, norms, val_loss)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
-            must_stop = stop.is_set() and not is_last
-            long_ago = time.monotonic() - saved_at > CHECKPOINT_SECONDS
-            if must_stop or (long_ago and not is_last):
-                save_checkpoint(run, model, optimizer, step + 1)
-                saved_at = time.monotonic()
-            if must_stop:
-                raise KeyboardInterrupt
+            if done < preset.steps:
+                if stop.is_set():
+                    save_checkpoint(run, model, optimizer, done)
+                    raise KeyboardInterrupt
+                if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                    save_checkpoint(run, model, optimizer, done)
+                    saved_at = time.monotonic()
 
-    # The median, since the first steps compile kernels.
+    if not math.isfinite(val_loss):
+        raise FloatingPointError("the validation loss is not finite: lower --lr")
+    # The median, since single steps are slow where a kernel is compiled or the machine is busy.
     speed = statistics.median(float(row["tokens_per_s"]) for row in rows)
     memory = memory_by_kind(model, optimizer) if run.device == "cuda" else {}
     result = {"recipe": run.spec, "casts": casts, "val_loss": val_loss, "tokens_per_s": speed,
-              "peak_mem_gb": sum(memory.values()) or math.nan, "seed": run.seed}
+              "peak_mem_gb": sum(memory.values()) if memory else math.nan, "seed": run.seed}
     # Saved before anything is printed: a pipe that nobody reads any more must not cost the weights.
     save(run.folder / "model.pt", {"model": model.state_dict(), "config": run.config,
                                    "result": result})
@@ -491,7 +489,7 @@ def print_table(rows: list[dict], is_emulated: bool) -> None:
     # Speed and memory of emulated FP8 say nothing about a recipe.
     hidden = ["tokens_per_s", "speedup", "peak_mem_gb"] if is_emulated else []
     names = [name for name in rows[0] if name not in ["recipe", *hidden]]
-    width = max(len(row["recipe"]) for row in rows)
+    width = max(len(name) for name in ["recipe", *(row["recipe"] for row in rows)])
     print(f"\n{'recipe':>{width}}" + "".join(f"{name:>14}" for name in names))
     for row in rows:
         print(f"{row['recipe']:>{width}}" + "".join(f"{row[name]:>14}" for name in names))

@@ -24,6 +24,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import kernels
+from fp8flow import RECIPES
 from kernels import FP8
 from tools.bench import LAYER_COLUMNS, LAYERS, SHARES, Size, kind_of
 from tools.trace import Launch, launches_of
@@ -205,8 +206,8 @@ def draw_bytes(folder: Path, size: Size = LAYERS[0]) -> Path:
 
 
 def read_layer(path: Path) -> list[dict]:
-    """The rows that are drawn: the first size, random routing, weights cast before, in turns.
-    Raises ValueError where there are none."""
+    """The rows that are drawn: bf16, naive and flow at the first size, random routing, weights cast
+    before, in turns. Raises ValueError where there are none."""
     remedy = "write it on a GPU with: python -m tools.bench layer --csv assets/layer.csv"
     try:
         with open(path, newline="") as file:
@@ -216,7 +217,8 @@ def read_layer(path: Path) -> list[dict]:
     drawn = {"size": "layer 1", "routing": "random", "weights": "cast before", "method": "in turns"}
     chosen = []
     for row in rows:
-        if all(row.get(column) == value for column, value in drawn.items()):
+        is_drawn = all(row.get(column) == value for column, value in drawn.items())
+        if is_drawn and row.get("spec") in RECIPES:
             chosen.append(row)
     if not chosen or not set(LAYER_COLUMNS) <= set(chosen[0]):
         raise ValueError(f"layer: {path} holds no such times: {remedy}")
@@ -233,7 +235,7 @@ def parts_of(row: dict) -> list[float]:
 def draw_layer(folder: Path) -> Path:
     rows = read_layer(folder / "layer.csv")
     times = [float(row["ms"]) for row in rows]
-    figure = figure_of(110 + 38 * len(rows), layout="constrained")
+    figure = figure_of(130 + 44 * len(rows), layout="constrained")
     axes = figure.subplots()
     draw_bars(axes, [row["spec"] for row in rows], [parts_of(row) for row in rows], 0.8)
     for y, (row, ms) in enumerate(zip(rows, times)):

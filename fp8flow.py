@@ -31,8 +31,8 @@ largest round to subnormal codes or vanish.) That leaves one dataflow with switc
 
 Q(X) at the entry of forward and Q(dY) at the entry of backward are left: 2 casts. Between the two
 values of `transpose` lies `fused`: DQ, transpose and Q' in one launch, a requantization (RQ), which
-counts as one cast a tensor. It moves as few bytes as the direct transpose, and with fp32 scales it
-rounds twice.
+counts as one cast a tensor. It moves hardly more bytes than the direct transpose, and with fp32
+scales it rounds twice.
 
 Reading order: Recipe, Plan, the layer's definition, the switches, FP8Experts. What follows is the
 bf16 baseline, `experts` and `Experts` for other people's models, and how casts are counted.
@@ -134,9 +134,9 @@ def parse_spec(spec: "str | Recipe") -> Recipe:
 # ---- the routing plan ----------------------------------------------------------------------------
 
 class Plan(NamedTuple):
-    """Where each pair goes, a token with one of its k choices. M slots hold the tokens sorted by
-    expert, each expert padded to a multiple of 128. Every shape is static: nothing waits for the
-    GPU."""
+    """Where each token goes. A pair is a token and one of its k experts. M slots hold the pairs
+    sorted by expert, each expert padded to a multiple of 128. Every shape is static: nothing waits
+    for the GPU."""
     slot: Tensor             # [T, k] int64  the slot of each pair
     token: Tensor            # [M] int64     the token in each slot, -1: padding
     pair: Tensor             # [M] int64     the pair t*k + choice in each slot, -1: padding
@@ -195,18 +195,22 @@ def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan
     slot = torch.empty_like(row)
     slot[pair_of_row] = slot_of_row
     tile_expert = torch.searchsorted(ends, torch.arange(0, M, block, device=device), right=True)
-
-    row_of_slot = torch.full((M,), -1, device=device)
-    row_of_slot[slot_of_row] = row
-    row_of_pair = torch.empty_like(row)
-    row_of_pair[pair_of_row] = row
     return Plan(
         slot=slot.view(-1, k),
         token=pair.div(k, rounding_mode="floor"),       # -1 stays -1.
         pair=pair,
         tile_expert=torch.where(tile_expert < num_experts, tile_expert, -1).int(),
         ends=ends.int(),
-        unpadded=Unpadded(pair_of_row // k, slot_of_row, row_of_slot, row_of_pair.view(-1, k)))
+        unpadded=make_unpadded(pair_of_row, slot_of_row, M, k))
+
+
+def make_unpadded(pair_of_row: Tensor, slot_of_row: Tensor, M: int, k: int) -> Unpadded:
+    row = torch.arange(len(pair_of_row), device=pair_of_row.device)
+    row_of_slot = torch.full((M,), -1, device=row.device)
+    row_of_slot[slot_of_row] = row
+    row_of_pair = torch.empty_like(row)
+    row_of_pair[pair_of_row] = row
+    return Unpadded(pair_of_row // k, slot_of_row, row_of_slot, row_of_pair.view(-1, k))
 
 
 def spread(probs: Tensor, plan: Plan) -> Tensor:
@@ -278,7 +282,7 @@ def column_wise(q: QTensor, plan: Plan, recipe: Recipe, rows: Tensor | None = No
         return kernels.requantize(q, recipe.scales, plan.tile_expert)
     x = kernels.dequantize(q, torch.bfloat16, plan.tile_expert)
     x = kernels.transpose(x, plan.tile_expert)
-    return kernels.quantize(x, recipe.scales)           # with the few tiles that nobody uses
+    return kernels.quantize(x, recipe.scales)           # and the unused tiles, which are zeros now
 
 
 def keeps_x_unpermuted(recipe: Recipe) -> bool:
@@ -337,8 +341,8 @@ class FP8Experts(torch.autograd.Function):
     x [T, D] bf16, probs [T, k] fp32; w1 [E, 2F, D] and w2 [E, D, F], the master weights, are passed
     only to receive their gradients (in their dtype): what is multiplied is `operands`.
     -> [T, D] bf16.
-    A name is one of the tensors in its latest form: dy is bf16, then FP8, then permuted, then
-    column-wise. The form before is freed, if nobody else holds it.
+    A name is used again, so that the form before is freed: dy is bf16, then FP8, then permuted,
+    then column-wise.
     """
 
     @staticmethod

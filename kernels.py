@@ -116,10 +116,10 @@ def _scale_of(amax_bits, POW2: tl.constexpr):
     finite = amax_bits < _INF_BITS
     if POW2:
         rounds_up = ((amax_bits & _MANTISSA_BITS) > _MANTISSA_OF_448).to(tl.int32)
-        exponent = (amax_bits >> 23) - 8 + rounds_up
-        exponent = tl.maximum(tl.where(finite, exponent, 1), 1)     # 1 stands for 2^-126
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
-        factor = ((2 * 127 - exponent) << 23).to(tl.float32, bitcast=True)      # 2^-exponent
+        biased = (amax_bits >> 23) - 8 + rounds_up              # the exponent of the scale, + 127
+        biased = tl.maximum(tl.where(finite, biased, 1), 1)     # 1 stands for 2^-126
+        scale = (biased << 23).to(tl.float32, bitcast=True)
+        factor = ((2 * 127 - biased) << 23).to(tl.float32, bitcast=True)        # 1 / scale
     else:
         amax = amax_bits.to(tl.float32, bitcast=True)
         scale = tl.where(finite, tl.div_rn(amax, _E4M3_MAX), _SCALE_MIN)
@@ -254,7 +254,7 @@ def _scaling_aware_transpose_kernel(
     top = tl.max(s, 0)
     # Both are powers of two: the difference of their exponents is k = log2(top / s) >= 0.
     k = (top.to(tl.int32, bitcast=True) - s.to(tl.int32, bitcast=True)) >> 23
-    # fp16 holds every product that does not become zero in E4M3 anyway (and fp32 takes longer).
+    # fp16 is exact far below 2^-10, where all becomes zero in E4M3 (and fp32 takes longer).
     shift = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True).to(tl.float16)
     values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     codes = _encode(values * shift[:, None])
@@ -269,9 +269,7 @@ def scaling_aware_transpose(q: QTensor, rows: Tensor | None = None,
 
     In each 128x128 tile the largest row scale S becomes the tile's scale, and the codes of a row
     with scale s move down by k = log2(S/s) powers of two: exact while they stay normal,
-    nearest-even below 2^-6, NaN and -0 kept. It is the largest, so that no code passes 448. It is
-    the same for the whole tile, since a block of the transposed tensor is the 128 rows of one
-    column, and which scale they agree on does not depend on the column.
+    nearest-even below 2^-6, NaN and -0 kept.
     rows [M] int64: transpose q[rows] instead, -1 for a zero row (q is then [T, C]).
     tile_expert [M/128] int32: skip tiles marked -1; what they hold stays undefined.
     M and C are multiples of 128 -> scale [M/128, C/128].
@@ -313,8 +311,8 @@ def swiglu_quantize_ref(h: Tensor, prob: Tensor, scales: str = "pow2") -> QTenso
 
 @triton.jit
 def _store_rows(x, first, data, scale, r, live, width, M, POW2: tl.constexpr, TILE: tl.constexpr):
-    """Stores x [R, C], rows r and the columns from `first` on of a matrix of this width: in 1x128
-    blocks with their scales, or as it is where there is no `scale`."""
+    """Stores x [R, C] at rows r [R, 1] and the columns from `first` on of a matrix [M, width]:
+    quantized in 1x128 blocks, or as it is if there is no `scale` to store."""
     c = first + tl.arange(0, x.shape[1])[None, :]
     if scale is not None:
         blocks = tl.reshape(x, (x.shape[0], x.shape[1] // TILE, TILE))

@@ -145,8 +145,8 @@ class MoE(nn.Module):
         (Switch Transformers, equation 4)."""
         scores = self.router(x)                                         # [B, S, E] fp32
         top_k_weights, top_k_index = scores.topk(self.top_k, dim=-1)    # [B, S, k]
+        # With one choice the weight would always be 1, and the router would learn nothing.
         if self.top_k > 1:
-            # With one choice the weight would always be 1, and the router would learn nothing.
             top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
         y = self.experts(x, top_k_index, top_k_weights)
 

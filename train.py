@@ -85,7 +85,6 @@ LOG_FIELDS = ["step", "loss", "val_loss", "tokens_per_s", "lr", "grad_norm", "ba
 CHECKPOINT_SECONDS = 300    # a shorter run writes none, unless it is stopped
 HELD_OUT = 20               # one file in so many is for validation
 HEAD = 8192                 # a file with a zero byte among the first 8192 is no text
-PIECE = 1 << 22             # bytes of text that are counted at once
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -160,33 +159,6 @@ def draw_windows(text: Tensor, seed: int, step: int, preset: Preset) -> Tensor:
     places = len(text) - preset.seq_len
     starts = torch.from_numpy(rng.integers(places, size=(preset.accumulate, preset.batch)))
     return windows_at(text, starts.to(text.device, non_blocking=True), preset.seq_len)
-
-
-def numbers_of(text: Tensor, order: int):
-    """Reads each byte and the `order` bytes before it as one number in base 256. Yields them in
-    pieces: for 100 MB of text, a tensor of all numbers would take 800 MB."""
-    for start in range(0, len(text) - order, PIECE):
-        piece = text[start:start + PIECE + order].long()
-        length = len(piece) - order
-        number = torch.zeros(length, dtype=torch.int64)
-        for digit in range(order + 1):
-            number = 256 * number + piece[digit:digit + length]
-        yield number
-
-
-def table_loss(train: Tensor, val: Tensor, order: int) -> float:
-    """Nats a byte that counting alone reaches on `val`: what a model that has learned something
-    must beat. A table holds how often each byte follows each `order` bytes in `train`, and 0.1
-    more, so that nothing is impossible."""
-    counts = torch.zeros(256 ** (order + 1), dtype=torch.int64)
-    for number in numbers_of(train, order):
-        counts += torch.bincount(number, minlength=len(counts))
-    totals = counts.view(-1, 256).sum(1)
-    nats = 0.0
-    for number in numbers_of(val, order):
-        probability = (counts[number] + 0.1) / (totals[number // 256] + 256 * 0.1)
-        nats -= probability.log().double().sum().item()
-    return nats / (len(val) - order)
 
 
 # ---- learning rate and validation ----------------------------------------------------------------
@@ -512,6 +484,38 @@ def print_seeds(results: list[dict]) -> None:
             error = statistics.stdev(pairs) / len(pairs) ** 0.5
             line += f"; {np.mean(pairs):+.3f}% over bf16, standard error {error:.3f}%"
         print(f"{line}; {len(values)} seeds")
+
+
+# ---- what counting reaches -----------------------------------------------------------------------
+
+PIECE = 1 << 22             # bytes of text that are counted at once
+
+
+def numbers_of(text: Tensor, order: int):
+    """Reads each byte and the `order` bytes before it as one number in base 256. Yields them in
+    pieces: for 100 MB of text, a tensor of all numbers would take 800 MB."""
+    for start in range(0, len(text) - order, PIECE):
+        piece = text[start:start + PIECE + order].long()
+        length = len(piece) - order
+        number = torch.zeros(length, dtype=torch.int64)
+        for digit in range(order + 1):
+            number = 256 * number + piece[digit:digit + length]
+        yield number
+
+
+def table_loss(train: Tensor, val: Tensor, order: int) -> float:
+    """Nats a byte that counting alone reaches on `val`: what a model that has learned something
+    must beat. A table holds how often each byte follows each `order` bytes in `train`, and 0.1
+    more, so that nothing is impossible."""
+    counts = torch.zeros(256 ** (order + 1), dtype=torch.int64)
+    for number in numbers_of(train, order):
+        counts += torch.bincount(number, minlength=len(counts))
+    totals = counts.view(-1, 256).sum(1)
+    nats = 0.0
+    for number in numbers_of(val, order):
+        probability = (counts[number] + 0.1) / (totals[number // 256] + 256 * 0.1)
+        nats -= probability.log().double().sum().item()
+    return nats / (len(val) - order)
 
 
 # ---- picture -------------------------------------------------------------------------------------

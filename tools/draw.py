@@ -121,6 +121,8 @@ def draw_launches(axes, left: int, width: int, name: str) -> None:
         arrow(axes, (begin, top + 3), (end, top + ROW - 3), color_of(launch))
         write(axes, left + 231, middle, launch.op, **look)
         label = launch.tensor
+        if launch.op == "swiglu_backward_quantize":
+            label = "dH, A"
         if launch.cast:
             casts += 1
             look["weight"] = "bold"

@@ -767,53 +767,66 @@ def write_comparison(finished: list[Run], asked: int, out: Path) -> None:
     draw_losses(finished, out / "loss.png")
 
 
-def main(argv=None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    saved = None
-    runs = []
-    try:
-        check_arguments(args)
-        if args.sample is not None:
-            saved = read_saved(Path(args.sample, "model.pt"), "--sample")
-        else:
-            specs = specs_of(args)
-            preset = preset_of(args)
-            data = read_data(args.data, preset.seq_len)
-            out = folder_of(args)
-            runs = runs_in(out, specs, preset, data, args)
-    except ValueError as error:
-        parser.error(str(error))
-    if saved is not None:
-        sample(saved, args)
-        return 0
+def prepare(args) -> tuple[list[Run], Data, Path]:
+    """What is to be trained, on what, and the folder for it. Raises ValueError, with a sentence."""
+    specs = specs_of(args)
+    preset = preset_of(args)
+    data = read_data(args.data, preset.seq_len)
+    out = folder_of(args)
+    return runs_in(out, specs, preset, data, args), data, out
 
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+
+def print_header(runs: list[Run], data: Data, out: Path) -> None:
+    machine = torch.cuda.get_device_name() if runs[0].device == "cuda" else "CPU"
     print(f"torch {torch.__version__}, triton {triton.__version__}, {machine}; writing to {out}")
-    print(", ".join(f"{name}={value}" for name, value in asdict(preset).items()))
+    print(", ".join(f"{name}={value}" for name, value in asdict(runs[0].preset).items()))
     print(f"{data.description}; sha256 {data.digest}")
     pairs = table_loss(data.train, data.val, 1)
     triples = table_loss(data.train, data.val, 2)
     print(f"a table of byte pairs reaches {pairs:.3f} nats a byte on the validation text, one of "
           f"triples {triples:.3f}")
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS asks for this.
-        torch.use_deterministic_algorithms(True)
-        # PyTorch would then fill new tensors, which takes time; nothing here reads them unwritten.
-        torch.utils.deterministic.fill_uninitialized_memory = False
 
-    asked = sys.argv[1:] if argv is None else argv
-    again = [word for word in asked if word not in ("--resume", "--overwrite")] + ["--resume"]
+
+def make_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # cuBLAS asks for this.
+    torch.use_deterministic_algorithms(True)
+    # PyTorch would then fill new tensors, which takes time; no result here reads them unwritten.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def how_to_go_on(words: list[str], args, out: Path) -> str:
+    """The command that goes on with what was stopped; `words` is what was typed."""
+    again = [word for word in words if word not in ("--resume", "--overwrite")] + ["--resume"]
     if args.out is None:
         again += ["--out", str(out)]
-    go_on = f"go on with: python train.py {shlex.join(again)}"
+    return f"go on with: python train.py {shlex.join(again)}"
+
+
+def main(argv=None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    args = parser.parse_args(words)
+    try:
+        check_arguments(args)
+        if args.sample is not None:
+            saved = read_saved(Path(args.sample, "model.pt"), "--sample")
+        else:
+            runs, data, out = prepare(args)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.sample is not None:
+        sample(saved, args)
+        return 0
+    print_header(runs, data, out)
+    if args.deterministic:
+        make_deterministic()
     try:
         return train_all(runs, data, out)
     except KeyboardInterrupt:
-        print(f"train.py: stopped; {go_on}", file=sys.stderr)
+        print(f"train.py: stopped; {how_to_go_on(words, args, out)}", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"train.py: {error}; {go_on}", file=sys.stderr)
+        print(f"train.py: {error}; {how_to_go_on(words, args, out)}", file=sys.stderr)
         return 1
 
 

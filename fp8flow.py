@@ -8,7 +8,8 @@ a tensor's rows, for weight gradients (wgrad), which sum over tokens, along its 
 tensor is needed twice, with scales along either axis.
 
 An expert layer is two grouped linears, fc1 and fc2, around SwiGLU: H = X W1^T,
-A = SwiGLU(H) * prob, Y = A W2^T. In one forward and backward, four tensors enter GEMMs, each twice:
+A = SwiGLU(H) * prob, Y = A W2^T. In one forward and backward, four tensors besides the weights
+enter GEMMs, each twice:
 
     tensor           made by                                   row-wise      column-wise
     X   [M, D]       layer input, sent to the experts          fc1 fprop     fc1 wgrad
@@ -145,14 +146,6 @@ class Plan(NamedTuple):
     unpadded: "Unpadded"
 
 
-class Unpadded(NamedTuple):
-    """For the unfused permute, which first makes rows: pairs sorted by expert, without padding."""
-    token: Tensor            # [T*k] int64   the token of each row
-    slot: Tensor             # [T*k] int64   the slot of each row
-    row_of_slot: Tensor      # [M] int64     the row in each slot, -1: padding
-    row_of_pair: Tensor      # [T, k] int64  the row of each pair
-
-
 def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan:
     """top_k_index [..., k] int32 or int64, the experts of each token, each in [0, num_experts)
     -> Plan. No sync, no atomics.
@@ -180,7 +173,8 @@ def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan
     pairs = len(experts)
     M = -(-(pairs + num_experts * (block - 1)) // block) * block
 
-    # Rows are the pairs sorted by expert: expert e has rows bounds[e] to bounds[e + 1].
+    # Rows are the pairs sorted by expert: expert e has rows bounds[e] to bounds[e + 1]. In the
+    # example: pair_of_row [1, 0, 2], bounds [0, 1, 3], first_slot [0, 4], slot_of_row [0, 4, 5].
     expert_of_row, pair_of_row = experts.sort(stable=True)
     bounds = torch.searchsorted(expert_of_row, torch.arange(num_experts + 1, device=device))
     ends = ((bounds.diff() + block - 1) // block * block).cumsum(0)
@@ -202,6 +196,14 @@ def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan
         tile_expert=torch.where(tile_expert < num_experts, tile_expert, -1).int(),
         ends=ends.int(),
         unpadded=make_unpadded(pair_of_row, slot_of_row, M, k))
+
+
+class Unpadded(NamedTuple):
+    """For the unfused permute alone, which makes rows first: pairs sorted by expert, unpadded."""
+    token: Tensor            # [T*k] int64   the token of each row
+    slot: Tensor             # [T*k] int64   the slot of each row
+    row_of_slot: Tensor      # [M] int64     the row in each slot, -1: padding
+    row_of_pair: Tensor      # [T, k] int64  the row of each pair
 
 
 def make_unpadded(pair_of_row: Tensor, slot_of_row: Tensor, M: int, k: int) -> Unpadded:
@@ -282,7 +284,7 @@ def column_wise(q: QTensor, plan: Plan, recipe: Recipe, rows: Tensor | None = No
         return kernels.requantize(q, recipe.scales, plan.tile_expert)
     x = kernels.dequantize(q, torch.bfloat16, plan.tile_expert)
     x = kernels.transpose(x, plan.tile_expert)
-    return kernels.quantize(x, recipe.scales)           # and the unused tiles, which are zeros now
+    return kernels.quantize(x, recipe.scales)           # Unused tiles have become zeros.
 
 
 def keeps_x_unpermuted(recipe: Recipe) -> bool:
@@ -329,9 +331,12 @@ def tensors_of(*qtensors: QTensor | None) -> list[Tensor | None]:
     return tensors
 
 
-def qtensors_of(tensors: list[Tensor | None], policy: str) -> list[QTensor]:
+def qtensors_of(tensors: list[Tensor | None], policy: str) -> list[QTensor | None]:
     """The way back."""
-    return [QTensor(data, scale, policy) for data, scale in zip(tensors[::2], tensors[1::2])]
+    qtensors = []
+    for data, scale in zip(tensors[::2], tensors[1::2]):
+        qtensors.append(None if data is None else QTensor(data, scale, policy))
+    return qtensors
 
 
 class FP8Experts(torch.autograd.Function):

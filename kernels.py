@@ -12,9 +12,9 @@ scale is one fp32 number for a group of codes along the axis that a GEMM sums ov
 An operation is a twin, `op_ref`, which specifies it and runs anywhere; a Triton kernel; and a
 wrapper, `op`. Wrappers are all alike, so read one, `quantize`: it checks its arguments, runs the
 twin where no kernel can run, allocates the result and launches the kernel (on a GPU, and under
-TRITON_INTERPRET=1). It raises ValueError for a dtype, shape, device or scale layout that the kernel
-was not written for. What index tensors hold is checked only where the twin runs: on a GPU, reading
-it would make the host wait.
+TRITON_INTERPRET=1); its helpers stand at the end of this file. It raises ValueError for a dtype,
+shape, device or scale layout that the kernel was not written for. What index tensors hold is
+checked only where the twin runs: on a GPU, reading it would make the host wait.
 
 Tokens are sorted by expert and padded, so that each expert has whole tiles of 128 slots. How many
 tiles are used depends on the routing, which the host must not wait for. So tensors have room for
@@ -116,7 +116,8 @@ def _scale_of(amax_bits, POW2: tl.constexpr):
     finite = amax_bits < _INF_BITS
     if POW2:
         rounds_up = ((amax_bits & _MANTISSA_BITS) > _MANTISSA_OF_448).to(tl.int32)
-        biased = (amax_bits >> 23) - 8 + rounds_up              # the exponent of the scale, + 127
+        # 127 + the exponent: of 3.0 it is 128, of its scale 120, which stands for 2^-7.
+        biased = (amax_bits >> 23) - 8 + rounds_up
         biased = tl.maximum(tl.where(finite, biased, 1), 1)     # 1 stands for 2^-126
         scale = (biased << 23).to(tl.float32, bitcast=True)
         factor = ((2 * 127 - biased) << 23).to(tl.float32, bitcast=True)        # 1 / scale
@@ -138,7 +139,7 @@ def _amax_bits(x, axis: tl.constexpr):
 @triton.jit
 def _is_unused(tile_expert, tile):
     """True for a tile of 128 slots that no expert uses; without tile_expert all are used."""
-    if tile_expert is None:
+    if tile_expert is None:                 # known when the kernel is compiled
         return False
     else:
         return tl.load(tile_expert + tile) < 0
@@ -254,7 +255,7 @@ def _scaling_aware_transpose_kernel(
     top = tl.max(s, 0)
     # Both are powers of two: the difference of their exponents is k = log2(top / s) >= 0.
     k = (top.to(tl.int32, bitcast=True) - s.to(tl.int32, bitcast=True)) >> 23
-    # fp16 is exact far below 2^-10, where all becomes zero in E4M3 (and fp32 takes longer).
+    # fp16 reaches down to 2^-24, and below 2^-10 E4M3 rounds to zero. (fp32 would take longer.)
     shift = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True).to(tl.float16)
     values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     codes = _encode(values * shift[:, None])
@@ -315,9 +316,9 @@ def _store_rows(x, first, data, scale, r, live, width, M, POW2: tl.constexpr, TI
     quantized in 1x128 blocks, or as it is if there is no `scale` to store."""
     c = first + tl.arange(0, x.shape[1])[None, :]
     if scale is not None:
-        blocks = tl.reshape(x, (x.shape[0], x.shape[1] // TILE, TILE))
-        s, factor = _scale_of(_amax_bits(blocks, 2), POW2)
-        x = tl.reshape(_encode(blocks * factor[:, :, None]), x.shape)
+        blocks = tl.reshape(x, (x.shape[0], x.shape[1] // TILE, TILE))      # [R, C/128, 128]
+        s, factor = _scale_of(_amax_bits(blocks, 2), POW2)                  # [R, C/128]
+        x = tl.reshape(_encode(blocks * factor[:, :, None]), x.shape)       # [R, C] again
         block = first // TILE + tl.arange(0, x.shape[1] // TILE)[None, :].to(tl.int64)
         tl.store(scale + block * M + r, s, mask=live)
     tl.store(data + r * width + c, x.to(data.dtype.element_ty), mask=live)
@@ -564,6 +565,7 @@ def _grouped_gemm_kernel(
     for k in range(begin, end):
         x = tl.load(a_at + k * TILE).to(tl.float8e4nv, bitcast=True)
         y = tl.load(b_at + k * TILE).to(tl.float8e4nv, bitcast=True)
+        # 128 scales, or, where A_PER or B_PER is 128, one for all 128 rows.
         x_scale = tl.load(a_scale + k * (M // A_PER) + (m * TILE + i) // A_PER)
         y_scale = tl.load(b_scale + k * (N // B_PER) + (n * TILE + i) // B_PER)
         acc += tl.dot(x, y) * (x_scale[:, None] * y_scale[None, :])

@@ -73,7 +73,7 @@ def rotation(S: int, width: int, device: torch.device, dtype: torch.dtype) -> tu
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [B, S, ., H, d] -> the same, each pair (a, b) of elements i and d/2 + i
+    """Rotary positions: x [B, S, 2, H, d] -> the same, each pair (a, b) of elements i and d/2 + i
     turned by its position's angle, to (a cos - b sin, b cos + a sin), so that q @ k sees distances
     alone."""
     half = sin.shape[-1]
@@ -145,7 +145,7 @@ class MoE(nn.Module):
         (Switch Transformers, equation 4)."""
         scores = self.router(x)                                         # [B, S, E] fp32
         top_k_weights, top_k_index = scores.topk(self.top_k, dim=-1)    # [B, S, k]
-        # With one choice the weight would always be 1, and the router would learn nothing.
+        # Divided by itself, the weight of a single choice would be 1, whatever the router learns.
         if self.top_k > 1:
             top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
         y = self.experts(x, top_k_index, top_k_weights)

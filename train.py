@@ -73,7 +73,7 @@ PRESETS = {
         n_layers=3, d_model=2048, n_heads=16, d_expert=2048, n_experts=16, top_k=4, seq_len=1024,
         batch=16, accumulate=2, steps=700, lr=5e-4, val_every=175, val_batches=64),
 }
-# --ablate trains these: from naive to flow a switch at a time, and from flow one step back.
+# --ablate trains these: bf16, from naive to flow a switch at a time, and from flow one step back.
 LADDER = ["bf16", "naive", "naive,transpose=fused", "naive,transpose=fused,scales=pow2",
           "naive,transpose=direct,scales=pow2", "flow,permute=unfused", "flow",
           "flow,transpose=unfused"]
@@ -223,7 +223,7 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, windows: Tensor,
                lr: float) -> tuple[float, float, float]:
     """One step on windows [accumulate, batch, seq_len + 1]. Returns the loss, the load-balancing
     loss and the norm of the gradient. Raises FloatingPointError, before any weight changes, where
-    one of them is not finite."""
+    the loss or the gradient is not finite."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     losses = []

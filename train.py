@@ -461,7 +461,7 @@ def print_table(rows: list[dict], is_emulated: bool) -> None:
     # Speed and memory of emulated FP8 say nothing about a recipe.
     hidden = ["tokens_per_s", "speedup", "peak_mem_gb"] if is_emulated else []
     names = [name for name in rows[0] if name not in ["recipe", *hidden]]
-    width = max(len(name) for name in ["recipe", *(row["recipe"] for row in rows)])
+    width = max(len("recipe"), *(len(row["recipe"]) for row in rows))
     print(f"\n{'recipe':>{width}}" + "".join(f"{name:>14}" for name in names))
     for row in rows:
         print(f"{row['recipe']:>{width}}" + "".join(f"{row[name]:>14}" for name in names))

@@ -1803,6 +1803,17 @@ def test_a_loss_that_is_not_finite_ends_its_run_alone(small_train, monkeypatch, 
     assert [row["recipe"] for row in read_log("x/compare.csv")] == ["flow"]
 
 
+def test_a_loss_that_is_not_finite_is_named(small_train, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, lambda model: model.head.weight.data.fill_(math.nan))
+        assert small_train("--steps", 3, "--out", "x") == 1
+    assert "flow, seed 0: the loss is not finite" in capsys.readouterr().err
+    monkeypatch.setattr(train_py, "validate", lambda *arguments: math.inf)
+    assert small_train("--steps", 3, "--out", "y") == 1
+    assert "flow, seed 0: the validation loss is not finite" in capsys.readouterr().err
+    assert os.listdir("x/flow") == os.listdir("y/flow") == ["log.csv"]
+
+
 def test_a_loss_of_zero_in_the_table(small_train, monkeypatch):
     monkeypatch.setattr(train_py, "validate", lambda *arguments: 0.0)
     assert small_train("--compare", "bf16", "flow", "--steps", 2, "--out", "x") == 0

@@ -284,7 +284,8 @@ def column_wise(q: QTensor, plan: Plan, recipe: Recipe, rows: Tensor | None = No
         return kernels.requantize(q, recipe.scales, plan.tile_expert)
     x = kernels.dequantize(q, torch.bfloat16, plan.tile_expert)
     x = kernels.transpose(x, plan.tile_expert)
-    return kernels.quantize(x, recipe.scales)           # Unused tiles have become zeros.
+    # Unused tiles, E at most, are quantized, too: they are zeros now, and nobody reads them.
+    return kernels.quantize(x, recipe.scales)
 
 
 def keeps_x_unpermuted(recipe: Recipe) -> bool:

@@ -1219,7 +1219,8 @@ def transpose(x: Tensor, tile_expert: Tensor | None = None) -> Tensor:
     launches, dequantize, transpose, quantize.
 
     A kernel of its own, because PyTorch's copy runs at a fraction of the bandwidth.
-    tile_expert [R/128] int32: tiles of rows marked -1 become zeros, which quantize may read.
+    tile_expert [R/128] int32: tiles of rows marked -1 are not read. The kernel writes zeros there,
+    so that quantize reads nothing unwritten.
     """
     check("x", x, FLOATS, BY_128, BY_128)
     tile_expert = check_tiles(tile_expert, len(x), x)
@@ -1243,7 +1244,8 @@ def _requantize_kernel(
         tile_expert,                        # [M/128] int32 or None
         out, out_scale,                     # [C, M] uint8, [M/128, C] fp32
         M, C, POW2: tl.constexpr, TILE: tl.constexpr):
-    """Grid (M/128, C/128), a tile a program. Reads MC, writes MC bytes, as the direct transpose."""
+    """Grid (M/128, C/128), a tile a program. Reads MC, writes MC bytes, and 128 times as many
+    scales as the direct transpose."""
     i = tl.program_id(0)
     j = tl.program_id(1)
     if _is_unused(tile_expert, i):
@@ -1261,7 +1263,7 @@ def _requantize_kernel(
 
 def requantize(q: QTensor, scales: str = "pow2", tile_expert: Tensor | None = None) -> QTensor:
     """Row-wise FP8 [M, C] -> column-wise FP8 [C, M] in one launch: dequantize, take the amax along
-    the other axis, quantize, store transposed. It moves as few bytes as the direct transpose.
+    the other axis, quantize, store transposed. It moves hardly more than the direct transpose.
 
     M and C are multiples of 128; q has 1x128 blocks of either policy -> 1x128 blocks,
     scale [M/128, C]. With fp32 scales every element is rounded a second time (and by naive's three

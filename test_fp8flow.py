@@ -452,6 +452,37 @@ def test_views_are_taken_as_they_read():
                        kernels.grouped_gemm(q, w, tile_expert[0, :1], ends[0, :1]))
 
 
+def test_unused_tiles_are_left_alone(monkeypatch):
+    """What a kernel does not write keeps the bytes that it had."""
+    new_empty = torch.Tensor.new_empty
+
+    def marked(*arguments, **options):
+        out = new_empty(*arguments, **options)
+        out.view(torch.uint8).fill_(0x33)
+        return out
+    monkeypatch.setattr(torch.Tensor, "new_empty", marked)
+    tile_expert = int32([0, -1, 2])
+    x = data("plain", 384, 128)
+    h = data("plain", 384, 256)
+    prob = torch.ones(384, device=DEVICE)
+    q = kernels.quantize(x)
+    rows = torch.arange(384, device=DEVICE)
+    dh, dprob, a = kernels.swiglu_backward_quantize(x, h, prob, "pow2", tile_expert)
+    row_wise = [
+        kernels.quantize(x, "pow2", tile_expert).data,
+        kernels.dequantize(q, torch.float32, tile_expert),
+        kernels.gather_rows(x, rows, tile_expert), kernels.gather_rows(q, rows, tile_expert).data,
+        kernels.swiglu(h, prob, tile_expert), dh.data, dprob[:, None], a.data,
+        kernels.swiglu_quantize(h, prob, "pow2", tile_expert).data,
+        *kernels.swiglu_backward(x, h, prob, tile_expert)[:1]]
+    column_wise = [kernels.scaling_aware_transpose(q, None, tile_expert).data.t(),
+                   kernels.requantize(q, "pow2", tile_expert).data.t()]
+    for out in row_wise + column_wise:
+        untouched = out.contiguous().view(torch.uint8)[128:256] == 0x33
+        assert untouched.all()
+    assert (kernels.transpose(x, tile_expert)[:, 128:256] == 0).all()       # quantize reads these.
+
+
 def test_unused_tiles_are_skipped():
     """In the tiles that are used, every kernel writes what it writes without a list of tiles."""
     tile_expert = int32([0, -1, 2])
@@ -718,6 +749,7 @@ ROUTES = [  # T, E, K and the reason
     (130, 5, 1, "K = 1, prime E"),
     (64, 3, 3, "K = E: every expert sees every token"),
     (200, 7, 2, "prime E"),
+    (128, 2, 2, "tiles without padding"),
 ]
 
 
@@ -1864,6 +1896,17 @@ def test_weights_are_cast_around_the_micro_batches(monkeypatch):
     events.clear()
     train_py.validate(gpt, torch.zeros(100, dtype=torch.uint8), preset)
     assert events == ["cast", *["forward"] * preset.val_batches, "drop"]
+
+
+def test_gradients_are_clipped(monkeypatch):
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
+    monkeypatch.setattr(train_py, "CLIP", 0.01)
+    gpt = model.GPT(train_py.PRESETS["tiny"], fp8flow.RECIPES["bf16"])
+    before = [weight.detach().clone() for weight in gpt.parameters()]
+    sgd = torch.optim.SGD(gpt.parameters())
+    _, _, norm = train_py.train_step(gpt, sgd, torch.randint(256, (1, 2, 17)), 1.0)
+    moved = [(weight - old).norm() for weight, old in zip(gpt.parameters(), before)]
+    assert norm > 0.1 and torch.stack(moved).norm().item() == pytest.approx(0.01, rel=1e-2)
 
 
 def test_in_a_thread_and_sampling(files, small_train, monkeypatch, capsys):

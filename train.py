@@ -135,9 +135,10 @@ def read_data(path: str | None, seq_len: int) -> Data:
     else:
         val = bytearray().join(texts[::HELD_OUT])
         train = bytearray().join(text for i, text in enumerate(texts) if i % HELD_OUT != 0)
-    if min(len(train), len(val)) <= seq_len:
+    if min(len(train), len(val)) < seq_len + 2:
         raise ValueError(f"--data {name} is too short, {len(train)} bytes for training and "
-                         f"{len(val)} for validation: give more than --seq-len {seq_len} for each")
+                         f"{len(val)} for validation: give {seq_len + 2} of each, or less than "
+                         f"--seq-len {seq_len}")
     description = f"{name}: {len(texts)} texts, {len(train):,} bytes for training and " \
                   f"{len(val):,} for validation; {skipped} files skipped that are no text"
     digest = hashlib.sha256(train)
@@ -189,6 +190,11 @@ def validate(model: GPT, text: Tensor, preset: Preset) -> float:
 
 
 # ---- one step and the loop -----------------------------------------------------------------------
+
+@dataclass
+class Stop:
+    asked: bool = False     # by Ctrl-C or SIGTERM
+
 
 @dataclass
 class Run:
@@ -262,11 +268,11 @@ def make_model(run: Run) -> tuple[GPT, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def train(run: Run, data: Data, stop: threading.Event) -> dict:
+def train(run: Run, data: Data, stop: Stop) -> dict:
     """Trains one model, from its checkpoint if there is one, and returns its row of the table.
 
-    Once `stop` is set, the step ends, a checkpoint is saved, and KeyboardInterrupt is raised. (Not
-    in the last step: after it the run has finished.) Raises FloatingPointError for a loss or
+    Once a stop is asked for, the step ends, a checkpoint is saved, and KeyboardInterrupt is raised.
+    (Not in the last step: after it the run has finished.) Raises FloatingPointError for a loss or
     gradient that is not finite.
     """
     preset = run.preset
@@ -286,6 +292,7 @@ def train(run: Run, data: Data, stop: threading.Event) -> dict:
         log = csv.DictWriter(file, LOG_FIELDS)
         log.writeheader()
         log.writerows(rows)
+        file.flush()
         saved_at = time.monotonic()
         for step in bar:
             began = time.perf_counter()
@@ -305,7 +312,7 @@ def train(run: Run, data: Data, stop: threading.Event) -> dict:
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
             if done < preset.steps:
-                if stop.is_set():
+                if stop.asked:
                     save_checkpoint(run, model, optimizer, done)
                     raise KeyboardInterrupt
                 if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
@@ -532,12 +539,12 @@ def draw_losses(runs: list[Run], path: Path) -> None:
     curves = {}                 # (spec, seed) -> the losses of all steps
     for run in runs:
         curves[run.spec, run.seed] = [float(row["loss"]) for row in read_log(run)]
-    specs = list(dict.fromkeys(run.spec for run in runs))
+    colors = {}                 # spec -> color
     figure = Figure(figsize=(7, 6), layout="constrained")       # without pyplot: no display
     above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     for (spec, seed), curve in curves.items():
-        color = f"C{specs.index(spec)}"
-        label = spec if seed == runs[0].seed else None
+        label = None if spec in colors else spec
+        color = colors.setdefault(spec, f"C{len(colors)}")
         above.plot(curve, color, label=label, linewidth=1)
         base = curves.get(("bf16", seed))
         if base is not None and spec != "bf16":
@@ -710,12 +717,12 @@ def sample(saved: dict, args) -> None:
 
 @contextlib.contextmanager
 def stop_signals():
-    """Gives an event that the first Ctrl-C or SIGTERM sets; a second one acts as it always did."""
-    stop = threading.Event()
+    """Gives a Stop that the first Ctrl-C or SIGTERM sets; a second one acts as it always did."""
+    stop = Stop()
     before = {}
 
     def hear(number, frame):
-        stop.set()
+        stop.asked = True
         signal.signal(number, before[number])
 
     try:
@@ -736,7 +743,7 @@ def train_all(runs: list[Run], data: Data, out: Path) -> int:
             if run.result:
                 print(f"\n{run.spec}, seed {run.seed} has finished before, in {run.folder}")
                 continue
-            if stop.is_set():
+            if stop.asked:
                 raise KeyboardInterrupt
             try:
                 run.result = train(run, data, stop)

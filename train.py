@@ -824,10 +824,10 @@ def main(argv=None) -> int:
     if args.sample is not None:
         sample(saved, args)
         return 0
-    print_header(runs, data, out)
     if args.deterministic:
         make_deterministic()
     try:
+        print_header(runs, data, out)
         return train_all(runs, data, out)
     except KeyboardInterrupt:
         print(f"train.py: stopped; {how_to_go_on(words, args, out)}", file=sys.stderr)

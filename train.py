@@ -289,7 +289,7 @@ def train(run: Run, data: Data, stop: Stop) -> dict:
     bar = tqdm(range(steps_done, preset.steps), initial=steps_done, total=preset.steps,
                desc=run.spec, unit="step", disable=sys.stderr is None)
     with bar, open(run.folder / "log.csv", "w", newline="") as file:
-        log = csv.DictWriter(file, LOG_FIELDS)
+        log = csv.DictWriter(file, LOG_FIELDS, extrasaction="ignore")   # An older log has more.
         log.writeheader()
         log.writerows(rows)
         file.flush()
@@ -328,7 +328,7 @@ def train(run: Run, data: Data, stop: Stop) -> dict:
               "peak_mem_gb": sum(memory.values()) if memory else math.nan, "seed": run.seed}
     # Saved before anything is printed: a pipe that nobody reads any more must not cost the weights.
     save(run.folder / "model.pt", {"model": model.state_dict(), "config": run.config,
-                                   "result": result})
+                                   "row": result})
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)
     print(f"  val loss {val_loss:.4f}, {speed:,.0f} tokens/s; in {run.folder}")
     for name, size in memory.items():
@@ -434,7 +434,7 @@ def finished_before(run: Run) -> dict | None:
                 if there != value:
                     raise ValueError(f"--resume: {str(path)!r} has {key}={there}, not {value}: "
                                      "give the same arguments, or another --out")
-            result = saved.get("result")
+            result = saved.get("row")
     return result
 
 

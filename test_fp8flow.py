@@ -468,13 +468,14 @@ def test_unused_tiles_are_left_alone(monkeypatch):
     q = kernels.quantize(x)
     rows = torch.arange(384, device=DEVICE)
     dh, dprob, a = kernels.swiglu_backward_quantize(x, h, prob, "pow2", tile_expert)
+    dh_bf16, dprob_bf16 = kernels.swiglu_backward(x, h, prob, tile_expert)
     row_wise = [
         kernels.quantize(x, "pow2", tile_expert).data,
         kernels.dequantize(q, torch.float32, tile_expert),
         kernels.gather_rows(x, rows, tile_expert), kernels.gather_rows(q, rows, tile_expert).data,
         kernels.swiglu(h, prob, tile_expert), dh.data, dprob[:, None], a.data,
         kernels.swiglu_quantize(h, prob, "pow2", tile_expert).data,
-        *kernels.swiglu_backward(x, h, prob, tile_expert)[:1]]
+        dh_bf16, dprob_bf16[:, None]]
     column_wise = [kernels.scaling_aware_transpose(q, None, tile_expert).data.t(),
                    kernels.requantize(q, "pow2", tile_expert).data.t()]
     for out in row_wise + column_wise:
@@ -1906,7 +1907,7 @@ def test_gradients_are_clipped(monkeypatch):
     sgd = torch.optim.SGD(gpt.parameters())
     _, _, norm = train_py.train_step(gpt, sgd, torch.randint(256, (1, 2, 17)), 1.0)
     moved = [(weight - old).norm() for weight, old in zip(gpt.parameters(), before)]
-    assert norm > 0.1 and torch.stack(moved).norm().item() == pytest.approx(0.01, rel=1e-2)
+    assert norm > 0.1 and torch.stack(moved).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_in_a_thread_and_sampling(files, small_train, monkeypatch, capsys):

@@ -137,8 +137,8 @@ def read_data(path: str | None, seq_len: int) -> Data:
         train = bytearray().join(text for i, text in enumerate(texts) if i % HELD_OUT != 0)
     if min(len(train), len(val)) < seq_len + 2:
         raise ValueError(f"--data {name} is too short, {len(train)} bytes for training and "
-                         f"{len(val)} for validation: give {seq_len + 2} of each, or less than "
-                         f"--seq-len {seq_len}")
+                         f"{len(val)} for validation: lower --seq-len {seq_len}, or give "
+                         f"{seq_len + 2} of each")
     description = f"{name}: {len(texts)} texts, {len(train):,} bytes for training and " \
                   f"{len(val):,} for validation; {skipped} files skipped that are no text"
     digest = hashlib.sha256(train)
@@ -193,6 +193,7 @@ def validate(model: GPT, text: Tensor, preset: Preset) -> float:
 
 @dataclass
 class Stop:
+    """A plain flag: a signal may come while the lock of a threading.Event is held."""
     asked: bool = False     # by Ctrl-C or SIGTERM
 
 
@@ -289,7 +290,8 @@ def train(run: Run, data: Data, stop: Stop) -> dict:
     bar = tqdm(range(steps_done, preset.steps), initial=steps_done, total=preset.steps,
                desc=run.spec, unit="step", disable=sys.stderr is None)
     with bar, open(run.folder / "log.csv", "w", newline="") as file:
-        log = csv.DictWriter(file, LOG_FIELDS, extrasaction="ignore")   # An older log has more.
+        # A log that an earlier version began may have more columns, which are dropped.
+        log = csv.DictWriter(file, LOG_FIELDS, extrasaction="ignore")
         log.writeheader()
         log.writerows(rows)
         file.flush()
@@ -299,6 +301,7 @@ def train(run: Run, data: Data, stop: Stop) -> dict:
             windows = draw_windows(train_text, run.seed, step, preset)
             lr = learning_rate(step, preset)
             loss, balance, grad_norm = train_step(model, optimizer, windows, lr)
+            # The GPU is done but for the optimizer's work, which falls into the next step's time.
             speed = preset.tokens_per_step / (time.perf_counter() - began)
 
             done = step + 1

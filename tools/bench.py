@@ -175,9 +175,6 @@ def kind_of(kernel: str) -> str:
 
 # ---- routing -------------------------------------------------------------------------------------
 
-ROUTINGS = ("random", "balanced", "skewed")
-
-
 def route(size: Size, routing: str, device: str) -> Tensor:
     """top_k_index [T, k].
 

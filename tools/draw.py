@@ -122,7 +122,7 @@ def draw_launches(axes, left: int, width: int, name: str) -> None:
         write(axes, left + 231, middle, launch.op, **look)
         label = launch.tensor
         if launch.op == "swiglu_backward_quantize":
-            label = "dH, A"
+            label = "dH, A"             # A launch is named after the first tensor that it writes.
         if launch.cast:
             casts += 1
             look["weight"] = "bold"

@@ -106,8 +106,8 @@ def walk_through_the_toy() -> None:
     # 1.07 stands in row 1 of column 2, and in a transposed tensor in row 2 of column 1.
     first = kernels.dequantize(fp32)[1, 2]
     scale = twice.scale[0, 2]
-    say(f"""{x[1, 2]:.3g}, in row 1, is rounded twice. It had become {first:.4g}. At the scale of its
-        column that is {first:.4g} / {scale:.4g} = {first / scale:.4g}, the nearest code is
+    say(f"""{x[1, 2]:.3g}, in row 1, is rounded twice. It had become {first:.4g}. At the scale of
+        its column that is {first:.4g} / {scale:.4g} = {first / scale:.4g}, the nearest code is
         {twice.data[2, 1].item():.4g}, and that is worth {worth(twice, True)[1, 2]:.5g}. Rounded
         once, at that scale, its code is {once.data[2, 1].item():.4g}, worth
         {worth(once, True)[1, 2]:.4g}. With powers of two only exponents change, and nothing is

@@ -1600,7 +1600,8 @@ BAD = [     # what is typed ({tmp} holds the files below), and what the last lin
     ("--resume", "need --out"), ("--resume --overwrite --out {tmp}/x", "--overwrite"),
     ("--resume --out {tmp}/x", "no folder"), ("--prompt x", "--prompt 'x'"),
     ("--sample {tmp}/folder", "--sample '{tmp}/folder"),
-    ("--sample {tmp}/foreign", "--sample '{tmp}/foreign")]
+    ("--sample {tmp}/foreign", "--sample '{tmp}/foreign"),
+    ("--sample {tmp}/foreign --val-every 5", "--val-every is for training")]
 if not CUDA:
     BAD.append(("--device cuda", "--device cuda"))
 
@@ -1621,16 +1622,16 @@ def files(tmp_path, monkeypatch):
 
 def test_train_refuses(files, capsys, monkeypatch):
     monkeypatch.setattr(kernels, "use_kernels", lambda x: False)    # what is not refused is short
-    short = ["--steps", "1", "--val-batches", "1"]
+    short = ["--preset", "tiny", "--steps", "1", "--val-batches", "1"]
 
     def everything():
         return sorted(str(path) for path in files.rglob("*"))
     before = everything()
     for line, says in BAD:
         data = [] if "--data" in line else ["--data", str(files / "text")]
-        preset = [] if "--preset" in line else ["--preset", "tiny"]
+        before_it = [] if "--sample" in line else [*short, *data]
         with pytest.raises(SystemExit) as error:
-            train_py.main([*preset, *short, *data, *line.format(tmp=files).split()])
+            train_py.main([*before_it, *line.format(tmp=files).split()])
         message = capsys.readouterr().err.splitlines()[-1]
         assert error.value.code == 2 and message.startswith("train.py: error: "), (line, message)
         assert says.format(tmp=files) in message, (line, message)

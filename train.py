@@ -599,7 +599,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_arguments(args) -> None:
+def check_arguments(args, defaults) -> None:
     """What argparse cannot see. Raises ValueError, with a sentence."""
     for name in ("data", "out", "prompt", "sample"):
         if getattr(args, name) == "":
@@ -608,6 +608,12 @@ def check_arguments(args) -> None:
         raise ValueError("--device cuda: PyTorch sees no GPU here, use --device cpu")
     if args.prompt is not None and args.sample is None:
         raise ValueError(f"--prompt {args.prompt!r} needs --sample OUT/SPEC: name the model")
+    if args.sample is not None:
+        for name, value in vars(args).items():
+            is_given = value != getattr(defaults, name)
+            if is_given and name not in ("sample", "prompt", "seed", "device"):
+                raise ValueError(f"--{name.replace('_', '-')} is for training: leave it out, "
+                                 "--sample takes the model as it was trained")
     if not 0 <= args.seed < 2 ** 63:
         raise ValueError(f"--seed {args.seed}: give a number from 0 to 2^63 - 1")
     if args.seeds is not None and not 1 <= args.seeds <= 1000:
@@ -817,7 +823,7 @@ def main(argv=None) -> int:
     parser = make_parser()
     args = parser.parse_args(words)
     try:
-        check_arguments(args)
+        check_arguments(args, parser.parse_args([]))
         if args.sample is not None:
             saved = read_saved(Path(args.sample, "model.pt"), "--sample")
         else:

@@ -525,15 +525,15 @@ def grouped_wgrad_ref(a: QTensor, b: QTensor, ends: Tensor,
 
 @triton.jit
 def _grouped_gemm_kernel(
-        a, b,                       # [M, K] and [E, N, K] uint8; in wgrad [M, K] and [N, K]
+        a, b,                       # [M, K] and [E, N, K] FP8; in wgrad [M, K] and [N, K]
         out,                        # [M, N] bf16; in wgrad [E, M, N] bf16 or fp32
         a_scale, b_scale,           # [K/128, M/A_PER] and [E, K/128, N/B_PER] fp32; in wgrad no E
         tile_expert,                # [M/128] int32; in wgrad None
         ends,                       # [E] int32, which the loop reads in wgrad alone
         M, N, K,
         WGRAD: tl.constexpr, A_PER: tl.constexpr, B_PER: tl.constexpr, TILE: tl.constexpr):
-    """Grid (M/128, N/128), wgrad (M/128, N/128, E): a program makes one tile of out, and sums 128
-    products at a time.
+    """Grid (N/128, M/128), wgrad (N/128, M/128, E): a program makes one tile of out, and sums 128
+    products at a time. Neighbours share rows of a, which then come from the L2 cache.
 
     Hopper's tensor core sums FP8 products in about 14 bits and truncates, so each partial sum of
     128 is promoted: the CUDA cores multiply it by its scales and add it to an fp32 accumulator.
@@ -541,8 +541,8 @@ def _grouped_gemm_kernel(
     N are widths and K is the slots: it sums over those of one expert.
     A_PER, B_PER: the rows that share a scale, 1 or 128.
     """
-    m = tl.program_id(0)
-    n = tl.program_id(1)
+    n = tl.program_id(0)
+    m = tl.program_id(1)
     if not WGRAD:
         e = tl.load(tile_expert + m)
         if e < 0:
@@ -563,8 +563,8 @@ def _grouped_gemm_kernel(
     b_at = b + (b_row + i)[None, :].to(tl.int64) * K + i[:, None]
     acc = tl.zeros((TILE, TILE), tl.float32)
     for k in range(begin, end):
-        x = tl.load(a_at + k * TILE).to(tl.float8e4nv, bitcast=True)
-        y = tl.load(b_at + k * TILE).to(tl.float8e4nv, bitcast=True)
+        x = tl.load(a_at + k * TILE)
+        y = tl.load(b_at + k * TILE)
         # 128 scales, or, where A_PER or B_PER is 128, one for all 128 rows.
         x_scale = tl.load(a_scale + k * (M // A_PER) + (m * TILE + i) // A_PER)
         y_scale = tl.load(b_scale + k * (N // B_PER) + (n * TILE + i) // B_PER)
@@ -959,9 +959,8 @@ def _launch_gemm(a: QTensor, b: QTensor, out: Tensor, tile_expert: Tensor | None
             _tma_descriptor(out, BLOCK // 2, columns),
             *arguments, E, PROGRAMS=programs, **layout, **options)
     else:
-        _grouped_gemm_kernel[M // BLOCK, N // BLOCK, E if wgrad else 1](
-            _bytes(a_data), _bytes(b_data), out, *arguments,
-            TILE=BLOCK, num_warps=8, num_stages=3, **layout)
+        _grouped_gemm_kernel[N // BLOCK, M // BLOCK, E if wgrad else 1](
+            a_data, b_data, out, *arguments, TILE=BLOCK, num_warps=8, num_stages=3, **layout)
 
 
 def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor) -> Tensor:

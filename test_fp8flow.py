@@ -27,6 +27,7 @@ if not CUDA and __name__ != "__main__":
 import contextlib
 import copy
 import csv
+import functools
 import gc
 import inspect
 import math
@@ -678,7 +679,7 @@ def compile_gemms(half: int) -> None:
                      "PROGRAMS": 132}
         compile_one("hopper", 90, GluonASTSource, kernels._hopper_gemm_kernel, types,
                     constants | layout, options)
-        types = {"a": "*u8", "b": "*u8", "out": f"*{name}"}
+        types = {"a": "*fp8e4nv", "b": "*fp8e4nv", "out": f"*{name}"}
         for capability in LOOP_CAPABILITIES:
             compile_one("loop", capability, ASTSource, kernels._grouped_gemm_kernel, types,
                         {"TILE": BLOCK} | layout, {"num_warps": 8, "num_stages": 3})
@@ -2059,6 +2060,16 @@ def test_every_line_of_bench_kernels_runs_what_it_names(twins_on_cpu, monkeypatc
     machine = StubMachine()
     timer = bench.Bench(machine, 2, rows.append)
     timer.ceiling = {"GB/s": 1.0, "TFLOPS": 1.0}
+    original = kernels.grouped_gemm
+    by_hopper = []
+
+    @functools.wraps(original)
+    def noting(*args):
+        by_hopper.append(kernels.use_hopper_gemm(args[0].data))
+        return original(*args)
+
+    monkeypatch.setattr(kernels, "use_hopper_gemm", lambda x: True)
+    monkeypatch.setattr(kernels, "grouped_gemm", noting)
     bench.bench_kernels(timer, list(bench.BENCHES))
     ran = iter(machine.ran)
     found = {}
@@ -2074,8 +2085,11 @@ def test_every_line_of_bench_kernels_runs_what_it_names(twins_on_cpu, monkeypatc
         "with the permute inside": "scaling_aware_transpose / gather_rows scaling_aware_transpose",
         "SwiGLU+quantize": "swiglu_quantize / swiglu quantize",
         "SwiGLU backward+quantize, A again": "swiglu_backward_quantize / swiglu_backward quantize",
-        "fc1 fprop": "grouped_gemm / ", "fc2 wgrad to bf16, requantized": "grouped_wgrad / "}
-    assert expected.items() <= found.items() and len(found) == 20
+        "fc1 fprop": "grouped_gemm / ", "fc2 fprop by the loop": "grouped_gemm / ",
+        "fc2 wgrad to bf16, requantized": "grouped_wgrad / "}
+    assert expected.items() <= found.items() and len(found) == 22
+    fprop_loop_dgrad = [True, True, False, False, True, True]       # Each line runs twice.
+    assert by_hopper == 2 * fprop_loop_dgrad                        # fc1 and fc2
     assert [row["run"] for row in rows if row["kernel"] == "quantize"] == [1, 2]
     assert float(rows[0]["rate"]) == pytest.approx(3 * 64 * 128 / 2e-3 / 1e9, 1e-3)     # GB/s
     assert {row["speedup"] for row in rows} == {"", "1.500"}

@@ -1582,6 +1582,21 @@ def test_a_router_with_one_choice_learns(monkeypatch):
     assert abs(moe.load.sum() - 1) < 1e-6
 
 
+def test_generate_sees_what_came_before(monkeypatch):
+    """As sampling from windows that hold nothing else, beyond the length of a window, too."""
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
+    torch.manual_seed(0)
+    gpt = model.GPT(train_py.replace(train_py.PRESETS["tiny"], seq_len=6), fp8flow.RECIPES["flow"])
+    with torch.no_grad():
+        gpt.head.weight.mul_(100)               # an untrained model's choices hang on little
+        text = list(b"abc")
+        rng = torch.Generator().manual_seed(5)
+        for _ in range(8):
+            scores = gpt(torch.tensor([text[-6:]]))[0, -1].float() / 0.8
+            text.append(int(torch.multinomial(scores.softmax(-1), 1, generator=rng)))
+    assert gpt.generate(b"abc", 8, seed=5) == bytes(text)
+
+
 # ---- the command line: one sentence that names the argument, exit code 2, nothing written --------
 
 BAD = [     # what is typed ({tmp} holds the files below), and what the last line must say

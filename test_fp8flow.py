@@ -2165,11 +2165,21 @@ def test_probe_by_hand(twins_on_cpu):
     x[:64, 64:] *= 2.0 ** -8
     x[120:] = 0                         # padding, in the same tile, too
     x[64, 0] = 2.0 ** -30               # lost before, by quantization: does not count
-    found = probe.look_at(x, plan)
+    q = probe.quantized(x, plan)
+    found = probe.look_at(q, plan)
     assert found["amax"] == 1 and found["binades"] == 12
     assert found["underflow"] == pytest.approx(64 * 64 / (120 * 128))
-    zeros = probe.look_at(torch.zeros_like(x), plan)    # no reason to stop
-    assert zeros["sqnr_direct"] == float("-inf") and zeros["underflow"] == zeros["binades"] == 0
+    zeros = probe.look_at(probe.quantized(torch.zeros_like(x), plan), plan)     # no reason to stop
+    assert zeros["direct"] == float("-inf") and zeros["underflow"] == zeros["binades"] == 0
+    # Where large and small rows meet in no column, only the direct transpose loses something; and
+    # where no large row of dY meets them, it shows in the gradient.
+    x[64:, 64:] = 0
+    dy = torch.zeros_like(x)
+    dy[:64] = 1.0
+    x = probe.quantized(x, plan)
+    dy = probe.quantized(dy, plan)
+    for gradient in (probe.look_at_gradient(dy, x, plan), probe.look_at_gradient(x, dy, plan)):
+        assert gradient["once"] > 100 and gradient["requantized"] > 100 and gradient["direct"] < 50
 
 
 def test_probe_sees_the_tensors_of_a_training(twins_on_cpu, monkeypatch, tmp_path):
@@ -2178,11 +2188,12 @@ def test_probe_sees_the_tensors_of_a_training(twins_on_cpu, monkeypatch, tmp_pat
     path = tmp_path / "new" / "probe.csv"
     probe.main(["2", "--steps", "4", "--preset", "tiny", "--out", str(path)])
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    assert [row["step"] for row in rows] == 4 * ["2"] + 4 * ["4"]
-    assert [row["tensor"] for row in rows] == 2 * ["X", "A", "dY", "dH"]
-    assert all(float(row["amax"]) > 0 and float(row["sqnr_direct"]) > 25 for row in rows)
+    assert [row["step"] for row in rows] == 6 * ["2"] + 6 * ["4"]
+    assert [row["tensor"] for row in rows] == 2 * ["X", "A", "dY", "dH", "dW1", "dW2"]
+    assert all(float(row["amax"]) > 0 and float(row["direct"]) > 25 for row in rows)
+    assert rows[4]["amax"] != rows[5]["amax"]
     gpt = model.GPT(train_py.PRESETS["tiny"], probe.FLOW).to(DEVICE)
-    x, _, dy, _ = probe.probe(gpt, text[:1032].view(8, 129).long().to(DEVICE), 1)
+    x, _, dy, *_ = probe.probe(gpt, text[:1032].view(8, 129).long().to(DEVICE), 1)
     assert 1 < x["amax"] < 10 and dy["amax"] < 0.01     # normalised; the gradient of a mean
     assert all(weight.grad is None for weight in gpt.parameters())
 

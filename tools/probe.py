@@ -5,12 +5,15 @@
 Trains flow as train.py does. Every N steps one more micro-batch runs, whose gradients are dropped,
 and X, A, dY and dH of each layer are looked at: their largest magnitude; the widest spread of row
 scales in a 128x128 tile, in binades; the share of elements that the direct transpose turns to zero;
-and the signal to noise ratio of the direct and of the requantizing transpose.
+and the signal to noise ratio of the row-wise tensor, which is rounded once, and of what the direct
+and the requantizing transpose make of it. The same ratios for dW1 = dH^T X and dW2 = dY^T A, whose
+products are exact here, say what this does to the weights' gradients.
 """
 import argparse
 import csv
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +28,8 @@ from model import GPT
 SEED = 0
 FLOW = fp8flow.parse_spec("flow")
 REQUANTIZING = fp8flow.parse_spec("naive,scales=pow2")
-COLUMNS = ["step", "layer", "tensor", "amax", "binades", "underflow", "sqnr_direct",
-           "sqnr_requantized"]
+WAYS = ["once", "direct", "requantized"]
+COLUMNS = ["step", "layer", "tensor", "amax", "binades", "underflow", *WAYS]
 
 
 def four_tensors(experts: fp8flow.Experts, x: Tensor, probs: Tensor, plan: Plan,
@@ -59,28 +62,53 @@ def widest_tile(scale: Tensor) -> float:
     return max(0.0, (highest - lowest).max().item())
 
 
-def look_at(t: Tensor, plan: Plan) -> dict[str, float]:
-    """t [M, C] bf16, zeros in the padding. Only what the transpose itself turns to zero is called
-    underflow: quantization may have done so before it."""
+class Quantized(NamedTuple):
+    """A tensor [M, C] in bf16, and what FP8 leaves of it in three ways."""
+    exact: Tensor
+    scale: Tensor               # [C/128, M], of the row-wise form
+    ways: dict[str, Tensor]     # WAYS -> [M, C] bf16, which holds each code * scale exactly
+
+
+def quantized(t: Tensor, plan: Plan) -> Quantized:
+    """t [M, C] bf16, zeros in the padding."""
     q = kernels.quantize(t)
+    direct = fp8flow.column_wise(q, plan, FLOW)
+    requantized = fp8flow.column_wise(q, plan, REQUANTIZING)
+    return Quantized(t, q.scale, {
+        "once": kernels.dequantize(q, torch.bfloat16),
+        "direct": kernels.dequantize(direct, torch.bfloat16).t().contiguous(),
+        "requantized": kernels.dequantize(requantized, torch.bfloat16).t().contiguous()})
+
+
+def look_at(q: Quantized, plan: Plan) -> dict[str, float]:
+    """Only what the transpose itself turns to zero is called underflow: quantization may have done
+    so before it."""
     is_live = plan.pair >= 0
-    direct = kernels.dequantize(fp8flow.column_wise(q, plan, FLOW)).t()[is_live]
-    requantized = kernels.dequantize(fp8flow.column_wise(q, plan, REQUANTIZING)).t()[is_live]
-    once = kernels.dequantize(q)[is_live]
-    t = t[is_live]
-    vanished = (direct == 0) & (once != 0)
+    t = q.exact[is_live]
+    ways = {way: y[is_live] for way, y in q.ways.items()}
+    vanished = (ways["direct"] == 0) & (ways["once"] != 0)
     nonzero = (t != 0).sum().clamp(min=1)       # A tensor of zeros is no reason to stop.
     return {
         "amax": t.abs().max().item(),
         "binades": widest_tile(q.scale),
         "underflow": (vanished.sum() / nonzero).item(),
-        "sqnr_direct": fp8flow.sqnr(direct, t),
-        "sqnr_requantized": fp8flow.sqnr(requantized, t),
+        **{way: fp8flow.sqnr(y, t) for way, y in ways.items()},
     }
 
 
+def look_at_gradient(dy: Quantized, x: Quantized, plan: Plan) -> dict[str, float]:
+    """dW = dY^T X of each expert, of operands quantized in each way."""
+    exact = fp8flow.torch_grouped_mm(dy.exact.t(), x.exact, plan.ends)
+    found = {"amax": exact.abs().max().item()}
+    for way in WAYS:
+        dw = fp8flow.torch_grouped_mm(dy.ways[way].t(), x.ways[way], plan.ends)
+        found[way] = fp8flow.sqnr(dw, exact)
+    return found
+
+
 def probe(model: GPT, window: Tensor, step: int) -> list[dict]:
-    """One forward and backward on a micro-batch. A row for each layer and tensor."""
+    """One forward and backward on a micro-batch. For each layer a row for each of the four tensors
+    and of the two gradients."""
     seen = {}                   # the Experts -> its inputs, and the gradient of its output
 
     def look(experts, inputs, y):
@@ -100,17 +128,23 @@ def probe(model: GPT, window: Tensor, step: int) -> list[dict]:
         tokens = x.detach().flatten(0, -2).bfloat16()
         probs = top_k_weights.detach().reshape(plan.slot.shape).float()
         tensors = four_tensors(moe.experts, tokens, probs, plan, dy.flatten(0, -2).bfloat16())
-        for name, tensor in tensors.items():
-            rows.append({"step": step, "layer": layer, "tensor": name, **look_at(tensor, plan)})
+        tensors = {name: quantized(tensor, plan) for name, tensor in tensors.items()}
+        found = {name: look_at(tensor, plan) for name, tensor in tensors.items()}
+        found["dW1"] = look_at_gradient(tensors["dH"], tensors["X"], plan)
+        found["dW2"] = look_at_gradient(tensors["dY"], tensors["A"], plan)
+        for name, numbers in found.items():
+            rows.append({"step": step, "layer": layer, "tensor": name, **numbers})
     return rows
 
 
 def print_rows(rows: list[dict]) -> None:
     for row in rows:
-        print(f"  layer {row['layer']}  {row['tensor']:3} amax {row['amax']:9.2e}  "
-              f"{row['binades']:3.0f} binades  underflow {100 * row['underflow']:7.4f}%  "
-              f"direct {row['sqnr_direct']:5.1f} dB  requantized {row['sqnr_requantized']:5.1f} dB",
-              flush=True)
+        spread = ""
+        if "binades" in row:
+            spread = f"{row['binades']:3.0f} binades  underflow {100 * row['underflow']:7.4f}%"
+        noise = "  ".join(f"{way} {row[way]:4.1f}" for way in WAYS)
+        print(f"  layer {row['layer']}  {row['tensor']:3} amax {row['amax']:8.2e}  {spread:31}  "
+              f"dB: {noise}", flush=True)
 
 
 def run(preset: train.Preset, every: int, path: Path, device: str) -> None:

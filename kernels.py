@@ -1213,6 +1213,10 @@ def _transpose_kernel(
     tl.store(out, tl.trans(tile))
 
 
+def transpose_ref(x: Tensor) -> Tensor:
+    return x.t().contiguous()
+
+
 def transpose(x: Tensor, tile_expert: Tensor | None = None) -> Tensor:
     """[R, C] -> [C, R] contiguous, R and C multiples of 128: the middle one of naive's three
     launches, dequantize, transpose, quantize.
@@ -1224,7 +1228,7 @@ def transpose(x: Tensor, tile_expert: Tensor | None = None) -> Tensor:
     check("x", x, FLOATS, BY_128, BY_128)
     tile_expert = check_tiles(tile_expert, len(x), x)
     if not use_kernels(x):
-        return x.t().contiguous()
+        return transpose_ref(x)
     x = x.contiguous()
     R, C = x.shape
     out = x.new_empty(C, R)

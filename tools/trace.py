@@ -43,7 +43,7 @@ class Launch:
     op: str                     # the wrapper's name
     tensor: str                 # what the layer's line makes: "X", "dH"; "" outside the layer
     direction: str              # "forward" or "backward"; "" outside the layer
-    cast: str                   # "Q", "DQ" or "Q'", as count_casts says; "" for no cast
+    cast: str                   # "Q", "DQ", "Q'" or "RQ", as count_casts says; "" for no cast
     reads: list[Operand]
     writes: list[Operand]
     tile_expert: Tensor | None  # the expert of each tile of slots, -1 for unused ones

@@ -2112,8 +2112,18 @@ def test_every_line_of_bench_kernels_runs_what_it_names(twins_on_cpu, monkeypatc
 
 def test_bench_layer_measures_every_setting(twins_on_cpu, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "LAYERS", (bench.Size(64, 128, 128, 16, 2),))
+    monkeypatch.setattr(bench, "TRAINING", (bench.Size(64, 128, 128, 4, 2),))
     monkeypatch.setattr(bench, "PAPER", (bench.Size(4096, 7168, 2048, 256, 8),))
     machine = StubMachine()
+    original = fp8flow.random_layer
+    masters = []                # their dtypes
+
+    def noting(*args):
+        inputs = original(*args)
+        masters.append(inputs[3].dtype)
+        return inputs
+
+    monkeypatch.setattr(fp8flow, "random_layer", noting)
     with bench.rows_into(tmp_path / "layer.csv", bench.LAYER_COLUMNS) as write:
         bench.bench_layer(machine, ["flow", "flow,swiglu=unfused"], False, write)
     assert "not measured: weights, gradients and FP8 copies take 68 GB" in capsys.readouterr().out
@@ -2125,12 +2135,16 @@ def test_bench_layer_measures_every_setting(twins_on_cpu, monkeypatch, capsys, t
         ("balanced", "cast before", "bf16"), ("balanced", "cast before", "flow"),
         ("skewed", "cast before", "bf16"), ("skewed", "cast before", "flow"),
         ("random", "cast within", "bf16"), ("random", "cast within", "flow"),
-        ("random", "frozen", "bf16"), ("random", "frozen", "flow")]
-    assert [row["method"] for row in rows] == 11 * ["in turns", "back to back"]
+        ("random", "frozen", "bf16"), ("random", "frozen", "flow"),
+        ("random", "fp32, cast before", "bf16"), ("random", "fp32, cast before", "flow"),
+        ("random", "fp32, cast before", "flow,swiglu=unfused")]
+    assert [row["method"] for row in rows] == 14 * ["in turns", "back to back"]
     assert [row["ms"] for row in rows[:4]] == ["2.0000", "4.0000", "3.0000", "6.0000"]
     assert rows[3]["speedup"] == "0.6667" and float(rows[3]["sqnr_y"]) > 20
     casts = [launched.count("quantize_weight") for launched in machine.ran]
-    assert casts == [0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0]       # the weights of flow, where cast within
+    # The weights of flow, where cast within.
+    assert casts == [0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0]
+    assert masters == [torch.bfloat16, torch.float32]
     index = bench.route(bench.LAYERS[0], "skewed", DEVICE)
     assert index.flatten().bincount()[0] == 4 * 64 * 2 // 16
     index = bench.route(bench.LAYERS[0], "balanced", DEVICE)

@@ -56,6 +56,10 @@ PAPER = (
     Size(T=4096, D=5120, F=1536, E=160, k=6),
     Size(T=4096, D=7168, F=2048, E=256, k=8),
 )
+# The layer of train.py's preset h100. Its master weights are fp32, and so are their gradients.
+TRAINING = (
+    Size(T=16384, D=2048, F=2048, E=16, k=4),
+)
 # Mixtral's experts: the widest SwiGLU that is in use. For the kernels alone.
 WIDE = (
     Size(T=8192, D=4096, F=14336, E=8, k=2),
@@ -63,7 +67,8 @@ WIDE = (
 
 
 def name_of(size: Size) -> str:
-    for name, sizes in (("layer", LAYERS), ("paper", PAPER), ("wide", WIDE)):
+    for name, sizes in (("layer", LAYERS), ("paper", PAPER), ("training", TRAINING),
+                        ("wide", WIDE)):
         if size in sizes:
             return f"{name} {sizes.index(size) + 1}"
     raise ValueError(f"{size} is none of the sizes above")
@@ -480,7 +485,7 @@ class FrozenLayer:
 
 
 LAYER_CLASSES = {"cast before": fp8flow.Layer, "cast within": CastingLayer,
-                 "frozen": FrozenLayer}
+                 "frozen": FrozenLayer, "fp32, cast before": fp8flow.Layer}
 
 
 class Setting(NamedTuple):
@@ -495,6 +500,8 @@ def settings_of(size: Size, specs: list[str], quick: bool) -> list[Setting]:
     recipes = [spec for spec in specs if spec in fp8flow.RECIPES]
     if size in PAPER:
         return [Setting("random", "cast before", recipes)]
+    if size in TRAINING:
+        return [Setting("random", "fp32, cast before", specs)]
     settings = [Setting("random", "cast before", specs)]
     if not quick:
         settings.append(Setting("balanced", "cast before", recipes))
@@ -505,7 +512,8 @@ def settings_of(size: Size, specs: list[str], quick: bool) -> list[Setting]:
 
 
 def bytes_of_weights(size: Size, specs: list[str]) -> int:
-    """Weights and gradients in bf16, and for each FP8 recipe its copies W and W^T."""
+    """Weights and gradients in bf16 (in TRAINING they are fp32, and fit), and for each FP8 recipe
+    its copies W and W^T."""
     weights = 3 * size.E * size.D * size.F
     in_fp8 = [spec for spec in specs if fp8flow.parse_spec(spec).precision == "fp8"]
     return weights * (2 + 2 + 2 * len(in_fp8))
@@ -595,9 +603,9 @@ def write_layer(write, size: Size, setting: Setting, measured: list[Measurement]
 def bench_layer(machine: Machine, specs: list[str], quick: bool, write) -> None:
     say("the layer, forward and backward, as CUDA graphs: median ms in turns, L2 flushed before "
         "each, and\nback to back, each recipe alone; bf16 masters, so that bf16 has nothing to "
-        "cast; held: what forward\nkeeps for backward besides its inputs")
+        "cast (training: fp32); held:\nwhat forward keeps for backward besides its inputs")
     specs = list(dict.fromkeys(["bf16", *specs]))       # bf16 comes first: the others refer to it
-    for size in LAYERS if quick else (*LAYERS, *PAPER):
+    for size in LAYERS if quick else (*LAYERS, *TRAINING, *PAPER):
         say(f"\n{name_of(size)}: {size}")
         settings = settings_of(size, specs, quick)
         needed = bytes_of_weights(size, settings[0].specs)
@@ -610,7 +618,8 @@ def bench_layer(machine: Machine, specs: list[str], quick: bool, write) -> None:
 
 
 def measure_size(machine: Machine, size: Size, settings: list[Setting], quick: bool, write) -> None:
-    x, probs, _, w1, w2, dy = fp8flow.random_layer(*size, machine.device, torch.bfloat16)
+    dtype = torch.float32 if size in TRAINING else torch.bfloat16
+    x, probs, _, w1, w2, dy = fp8flow.random_layer(*size, machine.device, dtype)
     for setting in settings:
         plan = fp8flow.make_plan(route(size, setting.routing, machine.device), size.E)
         measured = measure(machine, setting, (x, probs, plan, w1, w2, dy), quick)

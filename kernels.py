@@ -593,9 +593,9 @@ def _grouped_gemm_kernel(
 #     loader         copies the tiles of later K-steps, whenever a stage is free
 #
 # Why does the loop of level 2 leave gaps? More stages would not close them: the loop has three
-# K-steps under way already, and does not wait for tiles. More programs on a multiprocessor would, but
-# each needs a sum and a partial sum of 128 x 128 in registers. That is 128 KB of 256 KB, and with
-# some registers for addresses only one program fits.
+# K-steps under way already, and does not wait for tiles. More programs on a multiprocessor would,
+# but each needs a sum and a partial sum of 128 x 128 in registers. That is 128 KB of 256 KB, and
+# with some registers for addresses only one program fits.
 #
 # The roles meet at `mbarrier`s, counters in shared memory. The loader waits until a stage is
 # `empty` (both consumers are done with it), a consumer until it is `full` (its bytes have arrived).

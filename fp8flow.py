@@ -18,11 +18,12 @@ enter GEMMs, each twice:
     dH  [M, 2F]      SwiGLU backward                           fc1 dgrad     fc1 wgrad
 
 The naive dataflow casts each of the four three times: quantize row-wise (Q), dequantize (DQ),
-quantize column-wise (Q'). That is 12 explicit casts, launches whose only job is to change the
-precision of an activation. And it rounds twice: a code at one scale is seldom a code at another.
-Where scales are powers of two it is: only its exponent changes, exactly while codes stay normal,
-2^-6 or more. (The direct transpose shares one scale in a 128x128 tile: rows far smaller than the
-largest round to subnormal codes or vanish.) That leaves one dataflow with switches:
+quantize column-wise (Q'). That is 12 explicit casts, launches that do no more than change the
+precision of an activation or find new scales in it. And it rounds twice: a code at one scale is
+seldom a code at another. With powers of two as scales it is one: only its exponent changes, exactly
+while codes stay normal, 2^-6 or more. (The direct transpose shares one scale in a 128x128 tile:
+rows far smaller than the largest round to subnormal codes or vanish.) That leaves one dataflow with
+switches:
 
     switch      naive      flow      what flow removes
     transpose   unfused    direct    DQ and Q' of all four tensors: -8 casts (exponents are shifted)
@@ -30,7 +31,7 @@ largest round to subnormal codes or vanish.) That leaves one dataflow with switc
     permute     unfused    fused     launches and traffic (permute and pad are one gather)
     scales      fp32       pow2      the double quantization error
 
-Q(X) at the entry of forward and Q(dY) at the entry of backward are left: 2 casts. Between the two
+Q(X) at the entry of forward and Q(dY) at the entry of backward are left: 2 casts. Between these two
 values of `transpose` lies `fused`: DQ, transpose and Q' in one launch, a requantization (RQ), which
 counts as one cast a tensor. It moves hardly more bytes than the direct transpose, and with fp32
 scales it rounds twice.
@@ -39,7 +40,8 @@ Reading order: Recipe, Plan, the layer's definition, the switches, FP8Experts. W
 bf16 baseline, `experts` and `Experts` for other people's models, and how casts are counted.
 
 Shapes: T tokens, k experts per token, E experts, M padded token slots, D model width, F expert
-width.
+width. The router's weight of a token's choice is `top_k_weights` outside, `probs` [T, k] inside and
+`prob` [M] where it stands beside its slot.
 """
 import contextlib
 import functools
@@ -150,17 +152,19 @@ def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan
     """top_k_index [..., k] int32 or int64, the experts of each token, each in [0, num_experts)
     -> Plan. No sync, no atomics.
 
-    M = round_up(T*k + E*127, 128) is enough, whatever the router does. Three tokens that choose
-    experts 1, 0, 1 of two, in blocks of 4 (M = round_up(3 + 2*3, 4) = 12):
+    M = round_up(T*k + E*127, 128) is enough, whatever the router does. Two tokens that choose
+    experts 2, 0 and 2, 1 of three, in blocks of 4 (M = round_up(2*2 + 3*3, 4) = 16):
 
-                       expert 0 | expert 1 | unused
-        token        = [1 . . .   0 2 . .    . . . .]       a dot is -1
-        slot         = [4, 0, 5]                            of the tokens 0, 1, 2
-        tile_expert  = [0,        1,         -1]
-        ends         = [4, 8]
+                       expert 0 | expert 1 | expert 2 | unused
+        pair         = [1 . . .   3 . . .    0 2 . .    . . . .]       a dot is -1
+        token        = [0 . . .   1 . . .    0 1 . .    . . . .]
+        tile_expert  = [0,        1,         2,         -1]
+        ends         = [4,        8,         12]
+        slot         = [[8, 0], [9, 4]]                 of the two choices of each token
 
-    Raises ValueError for other shapes and dtypes, on a CPU for values out of range, too; on a GPU,
-    where reading them is a sync, `gather` meets those with a device-side assertion.
+    Raises ValueError for other shapes and dtypes, on a CPU for values out of range, too; on a GPU
+    (and in the interpreter, which does the same), where reading them is a sync, `gather` below
+    meets those with an assertion.
     """
     check("top_k_index", top_k_index, (torch.int32, torch.int64), ..., ANY)
     if num_experts < 1:
@@ -173,16 +177,16 @@ def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan
     pairs = len(experts)
     M = -(-(pairs + num_experts * (block - 1)) // block) * block
 
-    # Rows are the pairs sorted by expert: expert e has rows bounds[e] to bounds[e + 1]. In the
-    # example: pair_of_row [1, 0, 2], bounds [0, 1, 3], first_slot [0, 4], slot_of_row [0, 4, 5].
-    expert_of_row, pair_of_row = experts.sort(stable=True)
+    # Rows are the pairs sorted by expert: expert e has rows bounds[e] to bounds[e + 1]. At the
+    # right stand the values of the example.
+    expert_of_row, pair_of_row = experts.sort(stable=True)      # [0, 1, 2, 2] and [1, 3, 0, 2]
     bounds = torch.searchsorted(expert_of_row, torch.arange(num_experts + 1, device=device))
-    ends = ((bounds.diff() + block - 1) // block * block).cumsum(0)
-    first_row = bounds[:-1]
-    first_slot = pad(ends[:-1], (1, 0))
+    first_row = bounds[:-1]                                     # [0, 1, 2] of [0, 1, 2, 4]
+    ends = ((bounds.diff() + block - 1) // block * block).cumsum(0)         # [4, 8, 12]
+    first_slot = pad(ends[:-1], (1, 0))                                     # [0, 4, 8]
     # gather refuses an expert of -1, where an index in brackets would count it from the end.
     row = torch.arange(pairs, device=device)
-    slot_of_row = row + (first_slot - first_row).gather(0, expert_of_row)
+    slot_of_row = row + (first_slot - first_row).gather(0, expert_of_row)   # [0, 4, 8, 9]
 
     pair = torch.full((M,), -1, device=device)
     pair[slot_of_row] = pair_of_row                     # Each place is written once: no atomics.
@@ -284,7 +288,7 @@ def column_wise(q: QTensor, plan: Plan, recipe: Recipe, rows: Tensor | None = No
         return kernels.requantize(q, recipe.scales, plan.tile_expert)
     x = kernels.dequantize(q, torch.bfloat16, plan.tile_expert)
     x = kernels.transpose(x, plan.tile_expert)
-    # Unused tiles, E at most, are quantized, too: they are zeros now, and nobody reads them.
+    # Unused tiles, E at most, are quantized, too: the transpose has written zeros there.
     return kernels.quantize(x, recipe.scales)
 
 
@@ -363,8 +367,8 @@ class FP8Experts(torch.autograd.Function):
         y = unpermute(y, plan, recipe)
 
         # Kept for backward: X in FP8 (permuted or not); H in bf16; W1^T and W2^T; A only where to
-        # make it again from H would be a cast (naive). What is saved is freed as soon as backward
-        # has used it; an attribute would live on.
+        # make it again from H would be a cast (naive). What is saved here is freed at the end of
+        # backward; an attribute would live on.
         x = x if keeps_x_unpermuted(recipe) else x_slots
         a = a if recipe.swiglu == "unfused" else None
         ctx.save_for_backward(h, prob, *tensors_of(x, a, operands.w1_t, operands.w2_t))
@@ -595,11 +599,11 @@ def place_in_layer() -> Place | None:
     inside_column_wise = False
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals is globals():
+        if frame.f_globals is globals():        # a function of this file
             name = frame.f_code.co_name
             if name == "column_wise":
                 inside_column_wise = True
-            if name in ("forward", "backward"):
+            if name in ("forward", "backward"):         # the layer's: Experts.forward is above it
                 source = linecache.getline(__file__, frame.f_lineno)
                 tensor = tensor_name(source.partition("=")[0])
                 return Place(name, frame.f_lineno, tensor, inside_column_wise)
@@ -608,7 +612,7 @@ def place_in_layer() -> Place | None:
 
 
 def tensor_name(targets: str) -> str:
-    """What an assignment makes, as the table above writes it: "dh, dprob, a" -> "dH"."""
+    """What an assignment makes, as the table at the top writes it: "dh, dprob, a" -> "dH"."""
     variable = targets.split(",")[0].strip().partition("_")[0]
     if variable.startswith("d"):
         return "d" + variable[1:].upper()
@@ -616,7 +620,8 @@ def tensor_name(targets: str) -> str:
 
 
 class Cast(NamedTuple):
-    """An explicit cast of an activation: one launch whose only job is to change its precision."""
+    """An explicit cast of an activation: one launch that only changes its precision, or finds new
+    scales in it."""
     kind: str                   # "Q" quantizes, "DQ" dequantizes, "Q'" quantizes column-wise,
                                 # "RQ" requantizes: DQ, transpose and Q' in one
     tensor: str                 # "X", "A", "dY" or "dH"

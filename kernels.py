@@ -72,8 +72,8 @@ class QTensor(NamedTuple):
     policy  "pow2" or "fp32": how the scales were chosen. Only "pow2" can be shifted.
 
     Scales lie in the other order than codes: with 1x128 blocks, scale[c, r] belongs to
-    data[r, 128c : 128c + 128]. A GEMM walks along C, and reads the scales of all its rows at each
-    step; so they lie side by side.
+    data[r, 128c : 128c + 128], and data [256, 384] has scale [3, 256]. A GEMM walks along C, and
+    reads the scales of all its rows at each step; so they lie side by side.
     """
     data: Tensor
     scale: Tensor
@@ -94,10 +94,9 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
     a factor of NaN, so all its codes become NaN.
     """
     if scales == "pow2":
-        mantissa, exponent = torch.frexp(amax)      # amax = mantissa * 2^exponent, mantissa < 1
-        mantissa = 2 * mantissa
-        exponent = exponent - 1                     # now 1 <= mantissa < 2, as in 448 = 1.75 * 2^8
-        exponent = exponent - 8 + (mantissa > 1.75).int()
+        # amax = mantissa * 2^exponent with 0.5 <= mantissa < 1, and 448 = 0.875 * 2^9.
+        mantissa, exponent = torch.frexp(amax)
+        exponent = exponent - 9 + (mantissa > 0.875).int()
         exponent = exponent.clamp(min=-126)
         scale = ((exponent + 127) << 23).view(torch.float32)        # 2^exponent
     else:
@@ -111,8 +110,8 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _scale_of(amax_bits, POW2: tl.constexpr):
-    """The same on the bits of amax (int32): exponent + 127, then 23 bits of mantissa. As integers,
-    magnitudes are ordered as they are as floats, Inf and NaN on top."""
+    """The same on the bits of amax (int32): exponent + 127, called biased, and 23 bits of mantissa.
+    As integers, magnitudes are ordered as they are as floats, Inf and NaN on top."""
     finite = amax_bits < _INF_BITS
     if POW2:
         rounds_up = ((amax_bits & _MANTISSA_BITS) > _MANTISSA_OF_448).to(tl.int32)
@@ -120,7 +119,8 @@ def _scale_of(amax_bits, POW2: tl.constexpr):
         biased = (amax_bits >> 23) - 8 + rounds_up
         biased = tl.maximum(tl.where(finite, biased, 1), 1)     # 1 stands for 2^-126
         scale = (biased << 23).to(tl.float32, bitcast=True)
-        factor = ((2 * 127 - biased) << 23).to(tl.float32, bitcast=True)        # 1 / scale
+        # 1 / scale = 2^-exponent, whose biased exponent is 127 - exponent.
+        factor = ((2 * 127 - biased) << 23).to(tl.float32, bitcast=True)
     else:
         amax = amax_bits.to(tl.float32, bitcast=True)
         scale = tl.where(finite, tl.div_rn(amax, _E4M3_MAX), _SCALE_MIN)
@@ -171,7 +171,7 @@ def _quantize_kernel(
         data, scale,                        # [R, C] uint8, [C/128, R] fp32
         tile_expert,                        # [R/128] int32 or None
         R, C, POW2: tl.constexpr, R_TILE: tl.constexpr, TILE: tl.constexpr):
-    """Grid (R/R_TILE, C/128). Reads 2RC, writes RC bytes: three quarters of a BF16 copy."""
+    """Grid (R/R_TILE, C/128). Reads 2RC (bf16), writes RC bytes: three quarters of a bf16 copy."""
     if _is_unused(tile_expert, tl.program_id(0) * R_TILE // TILE):
         return
     r = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)
@@ -220,7 +220,7 @@ def scaling_aware_transpose_ref(q: QTensor, rows: Tensor | None = None) -> QTens
         q = gather_rows_ref(q, rows)
     M, C = q.data.shape
     data = q.data.new_empty(C, M)
-    scale = q.scale.new_empty(M // BLOCK, C // BLOCK)       # of data [C, M]: again the other order
+    scale = q.scale.new_empty(M // BLOCK, C // BLOCK)       # of data [C, M]
     for i, j in itertools.product(range(M // BLOCK), range(C // BLOCK)):
         r = slice(i * BLOCK, (i + 1) * BLOCK)
         c = slice(j * BLOCK, (j + 1) * BLOCK)
@@ -255,10 +255,11 @@ def _scaling_aware_transpose_kernel(
     top = tl.max(s, 0)
     # Both are powers of two: the difference of their exponents is k = log2(top / s) >= 0.
     k = (top.to(tl.int32, bitcast=True) - s.to(tl.int32, bitcast=True)) >> 23
-    # fp16 reaches down to 2^-24, and below 2^-10 E4M3 rounds to zero. (fp32 would take longer.)
-    shift = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True).to(tl.float16)
+    factor = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True)        # 2^-k
+    # fp16 is enough, and faster than fp32: in it products are exact down to 2^-21, and all that is
+    # not above 2^-10 becomes the code 0.
     values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    codes = _encode(values * shift[:, None])
+    codes = _encode(values * factor.to(tl.float16)[:, None])
     tl.store(out + c[:, None].to(tl.int64) * M + slot[None, :], tl.trans(codes))
     tl.store(out_scale + i * (C // TILE) + j, top)
 
@@ -312,15 +313,16 @@ def swiglu_quantize_ref(h: Tensor, prob: Tensor, scales: str = "pow2") -> QTenso
 
 @triton.jit
 def _store_rows(x, first, data, scale, r, live, width, M, POW2: tl.constexpr, TILE: tl.constexpr):
-    """Stores x [R, C] at rows r [R, 1] and the columns from `first` on of a matrix [M, width]:
-    quantized in 1x128 blocks, or as it is if there is no `scale` to store."""
+    """Stores x [R_TILE, C_TILE], a program's tile, at rows r [R_TILE, 1] and the columns from
+    `first` on of a matrix [M, width]: quantized in 1x128 blocks, or as it is if there is no `scale`
+    to store."""
     c = first + tl.arange(0, x.shape[1])[None, :]
     if scale is not None:
-        blocks = tl.reshape(x, (x.shape[0], x.shape[1] // TILE, TILE))      # [R, C/128, 128]
-        s, factor = _scale_of(_amax_bits(blocks, 2), POW2)                  # [R, C/128]
-        x = tl.reshape(_encode(blocks * factor[:, :, None]), x.shape)       # [R, C] again
-        block = first // TILE + tl.arange(0, x.shape[1] // TILE)[None, :].to(tl.int64)
-        tl.store(scale + block * M + r, s, mask=live)
+        blocks = tl.reshape(x, (x.shape[0], x.shape[1] // TILE, TILE))      # [.., C_TILE/128, 128]
+        s, factor = _scale_of(_amax_bits(blocks, 2), POW2)                  # [R_TILE, C_TILE/128]
+        x = tl.reshape(_encode(blocks * factor[:, :, None]), x.shape)       # [R_TILE, C_TILE]
+        block_index = first // TILE + tl.arange(0, x.shape[1] // TILE)[None, :].to(tl.int64)
+        tl.store(scale + block_index * M + r, s, mask=live)
     tl.store(data + r * width + c, x.to(data.dtype.element_ty), mask=live)
 
 
@@ -547,22 +549,22 @@ def _grouped_gemm_kernel(
         e = tl.load(tile_expert + m)
         if e < 0:
             return
-        begin = 0
-        end = K // TILE
-        b_row = e * N + n * TILE
+        first_step = 0              # A K-step is 128 long.
+        end_step = K // TILE
+        b_row = e * N + n * TILE    # The rows of all experts lie below each other.
         b_scale += e * (K // TILE) * (N // B_PER)
         out_row = m * TILE
     else:
         e = tl.program_id(2)
-        begin = tl.load(ends + e - 1, mask=e > 0, other=0) // TILE
-        end = tl.load(ends + e) // TILE
+        first_step = tl.load(ends + e - 1, mask=e > 0, other=0) // TILE
+        end_step = tl.load(ends + e) // TILE
         b_row = n * TILE
         out_row = e * M + m * TILE
     i = tl.arange(0, TILE)
     a_at = a + (m * TILE + i)[:, None].to(tl.int64) * K + i[None, :]
-    b_at = b + (b_row + i)[None, :].to(tl.int64) * K + i[:, None]
+    b_at = b + (b_row + i)[None, :].to(tl.int64) * K + i[:, None]           # transposed
     acc = tl.zeros((TILE, TILE), tl.float32)
-    for k in range(begin, end):
+    for k in range(first_step, end_step):
         x = tl.load(a_at + k * TILE)
         y = tl.load(b_at + k * TILE)
         # 128 scales, or, where A_PER or B_PER is 128, one for all 128 rows.

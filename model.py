@@ -143,18 +143,18 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, S, D] -> the same, and the load-balancing loss: 1 when the load is even
         (Switch Transformers, equation 4)."""
-        scores = self.router(x)                                         # [B, S, E] fp32
-        top_k_weights, top_k_index = scores.topk(self.top_k, dim=-1)    # [B, S, k]
+        probs = self.router(x)                                          # [B, S, E] fp32
+        top_k_weights, top_k_index = probs.topk(self.top_k, dim=-1)     # [B, S, k]
         # Divided by itself, the weight of a single choice would be 1, whatever the router learns.
         if self.top_k > 1:
             top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
         y = self.experts(x, top_k_index, top_k_weights)
 
-        E = scores.shape[-1]
+        E = probs.shape[-1]
         expert = torch.arange(E, device=x.device)
         chosen = top_k_index[..., None] == expert                       # [B, S, k, E]
         self.load = chosen.float().mean((0, 1, 2))
-        return y, E * (self.load * scores.mean((0, 1))).sum()
+        return y, E * (self.load * probs.mean((0, 1))).sum()
 
 
 class Block(nn.Module):

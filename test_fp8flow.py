@@ -798,10 +798,12 @@ def test_plan(T, E, K, reason, kind):
 
 def test_plan_by_hand():
     """The example in make_plan's docstring."""
-    plan = fp8flow.make_plan(torch.tensor([[1], [0], [1]], device=DEVICE), 2, block=4)
-    assert plan.token.tolist() == [1, -1, -1, -1, 0, 2, -1, -1, -1, -1, -1, -1]
-    assert plan.slot.tolist() == [[4], [0], [5]] and plan.tile_expert.tolist() == [0, 1, -1]
-    assert plan.ends.tolist() == [4, 8]
+    plan = fp8flow.make_plan(torch.tensor([[2, 0], [2, 1]], device=DEVICE), 3, block=4)
+    pad = -1
+    assert plan.pair.tolist() == [1, *3 * [pad], 3, *3 * [pad], 0, 2, *6 * [pad]]
+    assert plan.token.tolist() == [0, *3 * [pad], 1, *3 * [pad], 0, 1, *6 * [pad]]
+    assert plan.slot.tolist() == [[8, 0], [9, 4]] and plan.tile_expert.tolist() == [0, 1, 2, -1]
+    assert plan.ends.tolist() == [4, 8, 12]
 
 
 def test_permute_round_trip():

@@ -354,9 +354,9 @@ def print_model(run: Run, model: GPT, text: Tensor) -> int:
 
 
 def memory_by_kind(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """What the peak of the GPU's memory consisted of, in GB. There were as many gradients as
-    weights then, though none are left now, and copies of the weights, which are made once more to
-    be measured."""
+    """What the peak of the GPU's memory consisted of, in GB. At the peak there were gradients, as
+    large as the weights, and copies of the experts' weights, which are made once more to be
+    measured."""
     peak = torch.cuda.max_memory_allocated()
     before = torch.cuda.memory_allocated()
     with weights_cast_once(model):
@@ -502,8 +502,8 @@ PIECE = 1 << 22             # bytes of text that are counted at once
 
 
 def numbers_of(text: Tensor, order: int):
-    """Reads each byte and the `order` bytes before it as one number in base 256. Yields them in
-    pieces: for 100 MB of text, a tensor of all numbers would take 800 MB."""
+    """Reads each byte and the `order` bytes before it as one number in base 256: "ab" is 97 * 256 +
+    98. Yields them in pieces: for 100 MB of text, a tensor of all numbers would take 800 MB."""
     for start in range(0, len(text) - order, PIECE):
         piece = text[start:start + PIECE + order].long()
         length = len(piece) - order

@@ -123,6 +123,8 @@ def parse_spec(spec: "str | Recipe") -> Recipe:
                          "spec such as 'flow' or 'flow,swiglu=unfused'")
     name, *changes = spec.split(",")
     check_choice("recipe", name, RECIPES)
+    if name == "bf16" and changes:
+        raise ValueError(f"recipe={spec!r} sets a switch of FP8: not for bf16, use naive or flow")
     switches = {}
     for change in changes:
         key, _, value = change.partition("=")

@@ -36,7 +36,7 @@ class GPTConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and not 1 <= value < 2 ** 31:
-                raise ValueError(f"{field.name}={value} must lie between 1 and 2^31")
+                raise ValueError(f"{field.name}={value} must lie between 1 and 2^31 - 1")
         for name in ("d_model", "d_expert"):
             value = getattr(self, name)
             if value % 128:

@@ -1604,6 +1604,7 @@ def test_generate_sees_what_came_before(monkeypatch):
 BAD = [     # what is typed ({tmp} holds the files below), and what the last line must say
     ("--recipe flaw", "--recipe flaw"), ("--recipe flow,swiglu=half", "'half'"),
     ("--recipe=", "--recipe"), ("--recipe flow,scales=fp32", "scales=pow2"),
+    ("--compare bf16,scales=pow2 flow", "switch of FP8"),
     ("--compare fp4", "--compare fp4"), ("--compare flow flow,swiglu=fused", "is the same as flow"),
     ("--ablate --recipe flow", "--recipe"), ("--swiglu unfused", "--swiglu"),
     ("--preset huge", "--preset"), ("--seed -1", "--seed -1"), ("--seeds 0", "--seeds 0"),
@@ -1612,10 +1613,14 @@ BAD = [     # what is typed ({tmp} holds the files below), and what the last lin
     ("--top-k 9", "top_k=9"), ("--steps 0", "steps=0"), ("--steps 1e3", "--steps"),
     ("--lr 0", "lr=0"),
     ("--data {tmp}/none", "--data {tmp}/none"), ("--data=", "--data ''"),
-    ("--data {tmp}/short.txt", "too short"), ("--data {tmp}/folder", "no text"),
+    ("--data {tmp}/short.txt", "too short"), ("--data {tmp}/folder", "holds no text"),
+    ("--data {tmp}/none", "no such file"),
     ("--seq-len 100000000", "--seq-len 100000000"), ("--out=", "--out ''"),
-    ("--out {tmp}/short.txt", "--out"), ("--out {tmp}/text", "--overwrite"),
-    ("--resume", "need --out"), ("--resume --overwrite --out {tmp}/x", "--overwrite"),
+    ("--out {tmp}/short.txt", "--out"), ("--out {tmp}/text", "nothing was trained"),
+    ("--out {tmp}/text --resume", "nothing was trained"),
+    ("--out {tmp}/text --overwrite", "nothing was trained"),
+    ("--out {tmp}/trained", "--overwrite"), ("--resume", "--resume needs --out"),
+    ("--resume --overwrite --out {tmp}/x", "--overwrite"),
     ("--resume --out {tmp}/x", "no folder"), ("--prompt x", "--prompt 'x'"),
     ("--sample {tmp}/folder", "--sample '{tmp}/folder"),
     ("--sample {tmp}/foreign", "--sample '{tmp}/foreign"),
@@ -1634,6 +1639,8 @@ def files(tmp_path, monkeypatch):
     picks = torch.randint(len(words), (8000,), generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "text" / "a.txt").write_text(" ".join(words[pick] for pick in picks))
     (tmp_path / "foreign" / "model.pt").write_bytes(b"PK no archive")
+    (tmp_path / "trained" / "flow").mkdir(parents=True)
+    (tmp_path / "trained" / "flow" / "log.csv").write_text("step,loss")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path
 
@@ -1852,6 +1859,15 @@ def test_a_loss_that_is_not_finite_ends_its_run_alone(small_train, monkeypatch, 
     assert len(error) == 1 and "bf16, seed 0" in error[0]
     assert "gradient of head.weight" in error[0] and not Path("x/bf16/model.pt").exists()
     assert [row["step"] for row in read_log("x/bf16/log.csv")] == ["0", "1", "2"]
+    assert [row["recipe"] for row in read_log("x/compare.csv")] == ["flow"]
+
+
+def test_too_little_memory_ends_its_run_alone(small_train, monkeypatch, capsys):
+    def exhaust(model):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    before_step(monkeypatch, 4, exhaust)                            # of bf16, which comes first
+    assert small_train("--compare", "bf16", "flow", "--out", "x") == 1
+    assert "bf16, seed 0: the GPU's memory does not suffice" in capsys.readouterr().err
     assert [row["recipe"] for row in read_log("x/compare.csv")] == ["flow"]
 
 

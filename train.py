@@ -121,6 +121,9 @@ def read_texts(path: str | None) -> tuple[list[bytes], int]:
 def read_data(path: str | None, seq_len: int) -> Data:
     """Raises ValueError where there is no text, or not enough of it."""
     name = path or f"the Python source of torch {torch.__version__}"
+    if path is not None and not Path(path).exists():
+        raise ValueError(f"--data {name}: there is no such file or folder, name a text file or a "
+                         "folder of them")
     try:
         texts, skipped = read_texts(path)
     except OSError as error:
@@ -136,9 +139,9 @@ def read_data(path: str | None, seq_len: int) -> Data:
         val = bytearray().join(texts[::HELD_OUT])
         train = bytearray().join(text for i, text in enumerate(texts) if i % HELD_OUT != 0)
     if min(len(train), len(val)) < seq_len + 2:
-        raise ValueError(f"--data {name} is too short, {len(train)} bytes for training and "
-                         f"{len(val)} for validation: lower --seq-len {seq_len}, or give "
-                         f"{seq_len + 2} of each")
+        raise ValueError(f"--seq-len {seq_len} needs {seq_len + 2} bytes for training and as many "
+                         f"for validation: lower it, or give more --data ({name} is too short, "
+                         f"{len(train)} and {len(val)})")
     description = f"{name}: {len(texts)} texts, {len(train):,} bytes for training and " \
                   f"{len(val):,} for validation; {skipped} files skipped that are no text"
     digest = hashlib.sha256(train)
@@ -411,17 +414,17 @@ def read_log(run: Run) -> list[dict]:
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
-def read_saved(path: Path, argument: str) -> dict:
+def read_saved(path: Path, argument: str, remedy: str) -> dict:
     """What train.py has saved; with mmap its tensors stay on the disk until they are used. Raises
-    ValueError, which names the argument, for a file of somebody else."""
+    ValueError, which names the argument and the remedy, for a file of somebody else."""
     saved = None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:           # torch.load raises whatever the bytes of such a file lead it to
         pass
     if not isinstance(saved, dict) or "spec" not in saved.get("config", {}):
-        raise ValueError(f"{argument} {str(path)!r} is missing, damaged or not from train.py: name "
-                         "a folder in which it has trained, such as out/1/flow")
+        raise ValueError(f"{argument} {str(path)!r} is missing, damaged or not from train.py: "
+                         f"{remedy}")
     return saved
 
 
@@ -431,7 +434,7 @@ def finished_before(run: Run) -> dict | None:
     result = None
     for path in (run.folder / "checkpoint.pt", run.folder / "model.pt"):
         if path.exists():
-            saved = read_saved(path, "--resume:")
+            saved = read_saved(path, "--resume:", "remove it, and this run starts over")
             for key, value in run.config.items():
                 there = saved["config"].get(key)
                 if there != value:
@@ -658,7 +661,8 @@ def preset_of(args) -> Preset:
 def folder_of(args) -> Path:
     """--out, or the next free out/N, made and ready to be written to."""
     if args.out is None and (args.resume or args.overwrite):
-        raise ValueError("--resume and --overwrite need --out: name the folder")
+        given = "--resume" if args.resume else "--overwrite"
+        raise ValueError(f"{given} needs --out: name the folder")
     if args.resume and not Path(args.out).is_dir():
         raise ValueError(f"--resume: --out {args.out!r} is no folder: name one")
     try:
@@ -667,12 +671,22 @@ def folder_of(args) -> Path:
     except OSError as error:
         raise ValueError(f"--out {args.out or 'out'!r} cannot be written ({error.strerror}): name "
                          "another one")
-    if args.overwrite:
-        clear(out)
-    elif any(out.iterdir()) and not args.resume:
-        raise ValueError(f"--out {args.out!r} is not empty: give --resume to go on, --overwrite to "
-                         "start over, or another folder")
+    if any(out.iterdir()):
+        if not any((folder / "log.csv").exists() for folder in run_folders(out)):
+            raise ValueError(f"--out {args.out!r} is not empty, and nothing was trained in it: "
+                             "name another folder")
+        if args.overwrite:
+            clear(out)
+        elif not args.resume:
+            raise ValueError(f"--out {args.out!r} is not empty: give --resume to go on, "
+                             "--overwrite to start over, or another folder")
     return out
+
+
+def run_folders(out: Path) -> list[Path]:
+    """The folders in `out` that are named like runs."""
+    folders = [*out.glob("*"), *out.glob("seed-*/*")]
+    return [folder for folder in folders if folder.name.split(",")[0] in RECIPES]
 
 
 def next_free_folder() -> Path:
@@ -703,12 +717,11 @@ def clear(out: Path) -> None:
     """Removes what train.py writes, by name, and the folders that are empty then."""
     for name in ("compare.csv", "loss.png"):
         (out / name).unlink(missing_ok=True)
-    for folder in [*out.glob("*"), *out.glob("seed-*/*")]:
-        if folder.name.split(",")[0] in RECIPES:
-            for name in ("log.csv", "checkpoint.pt", "model.pt"):
-                (folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    for folder in run_folders(out):
+        for name in ("log.csv", "checkpoint.pt", "model.pt"):
+            (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -758,6 +771,10 @@ def train_all(runs: list[Run], data: Data, out: Path) -> int:
                 run.result = train(run, data, stop)
             except FloatingPointError as error:
                 print(f"train.py: {run.spec}, seed {run.seed}: {error}", file=sys.stderr)
+                code = 1
+            except torch.OutOfMemoryError:
+                print(f"train.py: {run.spec}, seed {run.seed}: the GPU's memory does not suffice: "
+                      "lower --batch, or take a smaller --preset", file=sys.stderr)
                 code = 1
             gc.collect()                # The weights of one run go before those of the next come.
             torch.cuda.empty_cache()
@@ -825,7 +842,8 @@ def main(argv=None) -> int:
     try:
         check_arguments(args, parser.parse_args([]))
         if args.sample is not None:
-            saved = read_saved(Path(args.sample, "model.pt"), "--sample")
+            saved = read_saved(Path(args.sample, "model.pt"), "--sample",
+                               "name the folder of a finished run, such as out/1/flow")
         else:
             runs, data, out = prepare(args)
     except ValueError as error:

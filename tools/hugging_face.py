@@ -28,9 +28,13 @@ package.__path__ = [str(ROOT)]
 sys.modules["fp8_flow_moe"] = package
 
 from fp8_flow_moe.fp8flow import RECIPES, cast_weights, experts, sqnr
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.integrations import moe
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+try:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.integrations import moe
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+except ImportError as error:
+    sys.exit(f"tools.hugging_face needs transformers 5 ({error}): pip install transformers")
 
 STEPS = 30
 # In dB, at step 0: logits, and gradients of the experts' weights.
@@ -187,13 +191,13 @@ def time_layer() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="tools.hugging_face", allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m tools.hugging_face", allow_abbrev=False,
                                      description=__doc__.splitlines()[0])
     parser.add_argument("--layer", action="store_true",
                         help="time the expert layer of Qwen3-30B-A3B on a GPU instead")
     args = parser.parse_args()
     if args.layer and not torch.cuda.is_available():
-        parser.error("--layer: PyTorch sees no GPU here, and the time needs one")
+        parser.error("--layer: PyTorch sees no GPU here, leave it out")
     register()
     if args.layer:
         time_layer()

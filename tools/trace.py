@@ -221,6 +221,11 @@ class Loss(NamedTuple):
     zeros: float                # percent of the non-zero elements that become zero
     rows: float                 # percent of the rows, zero ones apart, with an error above a tenth
 
+    @property
+    def rms(self) -> float:
+        """The error in percent of the signal: 20 dB are a factor of ten."""
+        return 100 * 10 ** (-self.db / 20)
+
 
 def loss_of(y: Tensor, x: Tensor) -> Loss:
     """In the decibels of a matrix its large rows hide the small ones, so rows are counted, too."""
@@ -236,15 +241,16 @@ def loss_of(y: Tensor, x: Tensor) -> Loss:
 
 
 def print_double_quantization(device: str) -> None:
-    print("\nWhat is lost when [1024, 2048] is quantized: signal to noise ratio; non-zero elements "
-          "that become zero;\nnon-zero rows whose own error, |error| / |row|, exceeds 10%. fprop "
-          "and dgrad read the row-wise form,\nwgrad the requantized one or the direct transpose; "
-          "with one scale for 128x128 all read the same.")
-    print(f"  {'data':22}{'way':28}{'dB':>8}{'zeros':>10}{'rows':>9}")
+    print("\nWhat is lost when [1024, 2048] is quantized: signal to noise ratio, rms error; non-zero "
+          "elements\nthat become zero; non-zero rows whose own error, |error| / |row|, exceeds 10%. "
+          "fprop and dgrad read\nthe row-wise form, wgrad the requantized one or the direct "
+          "transpose; with one scale for 128x128 all\nread the same.")
+    print(f"  {'data':22}{'way':28}{'dB':>8}{'rms':>8}{'zeros':>10}{'rows':>9}")
     for kind, x in samples(1024, 2048, device).items():
         for way, y in quantized_in_each_way(x).items():
             loss = loss_of(y, x)
-            print(f"  {kind:22}{way:28}{loss.db:8.2f}{loss.zeros:9.3f}%{loss.rows:8.1f}%")
+            print(f"  {kind:22}{way:28}{loss.db:8.2f}{loss.rms:7.2f}%{loss.zeros:9.3f}%"
+                  f"{loss.rows:8.1f}%")
 
 
 # ---- main ----------------------------------------------------------------------------------------

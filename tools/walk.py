@@ -139,8 +139,7 @@ def walk_through_a_tile() -> None:
         print(f" {kind:28}{'dB':>8}{'rms':>9}{'zeros':>10}{'rows':>9}")
         for way, y in trace.quantized_in_each_way(samples[kind]).items():
             loss = trace.loss_of(y, samples[kind])
-            rms = 100 * 10 ** (-loss.db / 20)
-            print(f"   {way:26}{loss.db:8.2f}{rms:8.2f}%{loss.zeros:9.1f}%{loss.rows:8.1f}%")
+            print(f"   {way:26}{loss.db:8.2f}{loss.rms:8.2f}%{loss.zeros:9.1f}%{loss.rows:8.1f}%")
 
 
 def main(argv=None) -> None:

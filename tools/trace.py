@@ -241,10 +241,10 @@ def loss_of(y: Tensor, x: Tensor) -> Loss:
 
 
 def print_double_quantization(device: str) -> None:
-    print("\nWhat is lost when [1024, 2048] is quantized: signal to noise ratio, rms error; non-zero "
-          "elements\nthat become zero; non-zero rows whose own error, |error| / |row|, exceeds 10%. "
-          "fprop and dgrad read\nthe row-wise form, wgrad the requantized one or the direct "
-          "transpose; with one scale for 128x128 all\nread the same.")
+    print("\nWhat is lost when [1024, 2048] is quantized: signal to noise ratio, rms error; "
+          "non-zero elements\nthat become zero; non-zero rows whose own error, |error| / |row|, "
+          "exceeds 10%. fprop and dgrad read\nthe row-wise form, wgrad the requantized one or the "
+          "direct transpose; with one scale for 128x128 all\nread the same.")
     print(f"  {'data':22}{'way':28}{'dB':>8}{'rms':>8}{'zeros':>10}{'rows':>9}")
     for kind, x in samples(1024, 2048, device).items():
         for way, y in quantized_in_each_way(x).items():

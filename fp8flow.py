@@ -31,7 +31,7 @@ switches:
     permute     unfused    fused     launches and traffic (permute and pad are one gather)
     scales      fp32       pow2      the double quantization error
 
-Q(X) at the entry of forward and Q(dY) at the entry of backward are left: 2 casts. Between these two
+Q(X) at the entry of forward and Q(dY) at the entry of backward are left: 2 casts. Between the two
 values of `transpose` lies `fused`: DQ, transpose and Q' in one launch, a requantization (RQ), which
 counts as one cast a tensor. It moves hardly more bytes than the direct transpose, and with fp32
 scales it rounds twice.

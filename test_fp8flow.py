@@ -799,9 +799,8 @@ def test_plan(T, E, K, reason, kind):
 def test_plan_by_hand():
     """The example in make_plan's docstring."""
     plan = fp8flow.make_plan(torch.tensor([[2, 0], [2, 1]], device=DEVICE), 3, block=4)
-    pad = -1
-    assert plan.pair.tolist() == [1, *3 * [pad], 3, *3 * [pad], 0, 2, *6 * [pad]]
-    assert plan.token.tolist() == [0, *3 * [pad], 1, *3 * [pad], 0, 1, *6 * [pad]]
+    assert plan.pair.tolist() == [1, -1, -1, -1, 3, -1, -1, -1, 0, 2, -1, -1, -1, -1, -1, -1]
+    assert plan.token.tolist() == [0, -1, -1, -1, 1, -1, -1, -1, 0, 1, -1, -1, -1, -1, -1, -1]
     assert plan.slot.tolist() == [[8, 0], [9, 4]] and plan.tile_expert.tolist() == [0, 1, 2, -1]
     assert plan.ends.tolist() == [4, 8, 12]
 
@@ -1612,9 +1611,8 @@ BAD = [     # what is typed ({tmp} holds the files below), and what the last lin
     ("--d-model 100", "d_model=100"),
     ("--top-k 9", "top_k=9"), ("--steps 0", "steps=0"), ("--steps 1e3", "--steps"),
     ("--lr 0", "lr=0"),
-    ("--data {tmp}/none", "--data {tmp}/none"), ("--data=", "--data ''"),
+    ("--data {tmp}/none", "--data {tmp}/none: there is no such file"), ("--data=", "--data ''"),
     ("--data {tmp}/short.txt", "too short"), ("--data {tmp}/folder", "holds no text"),
-    ("--data {tmp}/none", "no such file"),
     ("--seq-len 100000000", "--seq-len 100000000"), ("--out=", "--out ''"),
     ("--out {tmp}/short.txt", "--out"), ("--out {tmp}/text", "nothing was trained"),
     ("--out {tmp}/text --resume", "nothing was trained"),
@@ -1654,9 +1652,9 @@ def test_train_refuses(files, capsys, monkeypatch):
     before = everything()
     for line, says in BAD:
         data = [] if "--data" in line else ["--data", str(files / "text")]
-        before_it = [] if "--sample" in line else [*short, *data]
+        of_a_training = [] if "--sample" in line else [*short, *data]
         with pytest.raises(SystemExit) as error:
-            train_py.main([*before_it, *line.format(tmp=files).split()])
+            train_py.main([*of_a_training, *line.format(tmp=files).split()])
         message = capsys.readouterr().err.splitlines()[-1]
         assert error.value.code == 2 and message.startswith("train.py: error: "), (line, message)
         assert says.format(tmp=files) in message, (line, message)

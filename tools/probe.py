@@ -74,10 +74,12 @@ def quantized(t: Tensor, plan: Plan) -> Quantized:
     q = kernels.quantize(t)
     direct = fp8flow.column_wise(q, plan, FLOW)
     requantized = fp8flow.column_wise(q, plan, REQUANTIZING)
-    return Quantized(t, q.scale, {
+    ways = {
         "once": kernels.dequantize(q, torch.bfloat16),
         "direct": kernels.dequantize(direct, torch.bfloat16).t().contiguous(),
-        "requantized": kernels.dequantize(requantized, torch.bfloat16).t().contiguous()})
+        "requantized": kernels.dequantize(requantized, torch.bfloat16).t().contiguous(),
+    }
+    return Quantized(t, q.scale, ways)
 
 
 def look_at(q: Quantized, plan: Plan) -> dict[str, float]:
@@ -88,12 +90,14 @@ def look_at(q: Quantized, plan: Plan) -> dict[str, float]:
     ways = {way: y[is_live] for way, y in q.ways.items()}
     vanished = (ways["direct"] == 0) & (ways["once"] != 0)
     nonzero = (t != 0).sum().clamp(min=1)       # A tensor of zeros is no reason to stop.
-    return {
+    found = {
         "amax": t.abs().max().item(),
         "binades": widest_tile(q.scale),
         "underflow": (vanished.sum() / nonzero).item(),
-        **{way: fp8flow.sqnr(y, t) for way, y in ways.items()},
     }
+    for way, y in ways.items():
+        found[way] = fp8flow.sqnr(y, t)
+    return found
 
 
 def look_at_gradient(dy: Quantized, x: Quantized, plan: Plan) -> dict[str, float]:

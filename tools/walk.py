@@ -88,9 +88,9 @@ def walk_through_the_toy() -> None:
     say("""2. Quantize row-wise. The largest magnitude of a row, its amax, must fit into 448, so
         its scale, printed before the row, is amax/448. Each element is divided by it and rounded to
         the nearest code, a byte s eeee mmm. Behind each code stands the error of code * scale:""")
-    show(x, fp32, [scale_text(scale) for scale in fp32.scale[0]])
+    show(x, fp32, [scale_text(scale) for scale in fp32.scale[0, :N]])
     say("Or the scale is rounded up to a power of two. Here this changes row 2 alone:")
-    show(x, pow2, [scale_text(scale) for scale in pow2.scale[0]])
+    show(x, pow2, [scale_text(scale) for scale in pow2.scale[0, :N]])
 
     print()
     say("3. What wgrad needs. It sums over tokens, the rows r, down the columns of dY and X:")
@@ -115,7 +115,7 @@ def walk_through_the_toy() -> None:
     show(x, kernels.requantize(pow2, "pow2"), N * [""], column_wise=True)
 
     direct = kernels.scaling_aware_transpose(pow2)
-    shifts = (direct.scale[0, 0] / pow2.scale[0]).log2()
+    shifts = (direct.scale[0, 0] / pow2.scale[0, :N]).log2()
     print()
     say("""5. The direct transpose. Where only exponents change, nothing needs to be dequantized.
         The whole tile gets one scale, S, the largest of its row scales, so that no code passes 448.

@@ -27,8 +27,8 @@ if not CUDA and __name__ != "__main__":
 import contextlib
 import copy
 import csv
-import functools
 import gc
+import importlib.util
 import inspect
 import math
 import pickle
@@ -36,6 +36,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -950,6 +951,33 @@ def test_no_second_derivative():
 
 
 @pytest.mark.parametrize("spec", ["bf16", "naive", "flow"])
+def test_bytes_held_for_backward(spec, twins_on_cpu):
+    """To the byte. Codes take one each, scales four for 128 of them, or for 128x128."""
+    T, D, width, E, k = 200, 256, 384, 3, 2
+    M = 896                                     # 400 pairs and 3 * 127 of padding, in tiles
+    inputs = Inputs(T, D, width, E, k)
+    held = {}
+    in_bf16 = {"H": 2 * M * 2 * width, "prob": 4 * M}
+    weights_t = E * (2 * width * D + D * width)
+    in_fp8 = in_bf16 | {"W^T": weights_t + 4 * weights_t // BLOCK ** 2}
+    want = {
+        "bf16": in_bf16 | {"X": 2 * M * D, "A": 2 * M * width, "W": 2 * weights_t},
+        "naive": in_fp8 | {"X": M * D + M * D // 32, "A": M * width + M * width // 32},
+        "flow": in_fp8 | {"X": T * D + T * D // 32},        # neither padded nor k times
+    }[spec]
+
+    def pack(tensor):
+        if tensor.is_floating_point():
+            held[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    x, weights, w1, w2 = inputs.leaves()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fp8flow.experts(x, inputs.index, weights, w1, w2, spec)
+    assert sum(held.values()) == sum(want.values()), (held, want)
+
+
+@pytest.mark.parametrize("spec", ["bf16", "naive", "flow"])
 def test_activations_do_not_outlive_backward(spec):
     """What backward has used is freed, even while the graph lives."""
     inputs = small_inputs()
@@ -1048,8 +1076,6 @@ def test_a_row_sorted_by_expert_is_a_token_with_one_choice(twins_on_cpu):
         got = torch.zeros_like(want, dtype=torch.float32).index_add_(0, pair // 2, y.float())
         # In bf16 each row is rounded once more before the sum of a token's two rows.
         assert sqnr(got, want) > (45 if spec == "bf16" else 35)
-        first = inputs.index.flatten()[pair] == expert[:, 0]
-        assert first.all()
 
 
 # ---- in other models: weights --------------------------------------------------------------------
@@ -1328,6 +1354,64 @@ def test_a_package_beside_another_called_kernels(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+HUGGING_FACE = """
+import sys, torch, kernels
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+device, errors = sys.argv[1], {}
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=256, moe_intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        num_experts=8, num_experts_per_tok=2, max_position_embeddings=128, **changes)
+    return Qwen3MoeForCausalLM(config).to(device)
+
+def look_at(model):
+    torch.manual_seed(1)
+    tokens = torch.randint(256, (4, 128)).to(device)
+    out = model(tokens, labels=tokens)
+    out.loss.backward()
+    experts = [weight.grad.flatten() for name, weight in model.named_parameters()
+               if ".experts." in name]
+    return {"logits": out.logits.detach(), "experts' gradients": torch.cat(experts)}
+
+model = tiny()
+model.set_experts_implementation("eager")
+eager = look_at(model)
+model = tiny()
+LINES
+for name, got in look_at(model).items():
+    print(name, f"{(got - eager[name]).norm() / eager[name].norm():.4f}")
+model = tiny(hidden_act="gelu")
+model.set_experts_implementation("fp8flow")
+try:
+    look_at(model)
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+def test_the_hugging_face_lines_of_the_readme(tmp_path):
+    """A Qwen3-MoE against eager, and one with GELU, beside PyPI's `kernels` where it is there."""
+    pytest.importorskip("transformers")
+    pieces = re.findall(r"(?:^    .*\n|^\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
+    lines, = [piece for piece in pieces if "ALL_EXPERTS_FUNCTIONS" in piece]
+    code = HUGGING_FACE.replace("LINES", textwrap.dedent(lines))
+    (tmp_path / "fp8_flow_moe").symlink_to(ROOT)
+    if importlib.util.find_spec("kernels").origin == str(ROOT / "kernels.py"):
+        (tmp_path / "kernels.py").write_text("")            # PyPI's is hidden, or not installed.
+    done = subprocess.run([sys.executable, "-c", code, DEVICE], cwd=tmp_path, text=True,
+                          env=plain_environment(PYTHONPATH=str(tmp_path)), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    logits, gradients, refused = done.stdout.splitlines()
+    # 30 and 20 dB: a product of two operands with errors of 2.7% has 3.8%, and they add up.
+    assert float(logits.split()[-1]) < 0.03 and float(gradients.split()[-1]) < 0.1
+    assert refused.startswith("refused: Qwen3MoeExperts")
+
+
 # ---- casts: counted as they happen, against the margin of the code -------------------------------
 
 SPECS = [
@@ -1573,6 +1657,32 @@ def test_rotary_sees_distances():
     assert torch.autograd.gradcheck(lambda x: model.Rotary.apply(x, *angles), x)
 
 
+def test_balance_by_hand(monkeypatch):
+    """1 where all experts are as likely; where half of the choices and all of the probability
+    are one expert's, of four, 4 * 1/2 * 1."""
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
+    moe = model.MoE(train_py.PRESETS["tiny"], "bf16")
+    x = torch.ones(1, 16, 128).bfloat16()
+    with torch.no_grad():
+        moe.router.weight.zero_()
+        assert moe(x)[1].item() == pytest.approx(1)
+        moe.router.weight[2] = 1.0
+        assert moe(x)[1].item() == pytest.approx(2)
+
+
+def test_attention_normalises_queries_and_keys():
+    """So their size changes nothing, and no logit can run away."""
+    torch.manual_seed(0)
+    attention = model.Attention(train_py.PRESETS["tiny"])
+    x = torch.randn(1, 16, 128)
+    angles = model.rotation(16, 32, x.device, x.dtype)
+    with torch.no_grad():
+        before = attention(x, angles)
+        attention.qk.weight.mul_(100)
+        after = attention(x, angles)
+    assert torch.allclose(before, after, atol=1e-5) and before.std() > 0.01
+
+
 def test_a_router_with_one_choice_learns(monkeypatch):
     monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
     config = train_py.replace(train_py.PRESETS["tiny"], top_k=1)
@@ -1675,6 +1785,32 @@ def test_every_step_and_seed_has_windows_of_its_own():
             assert (windows.diff() % 256 == 1).all()
             seen[seed, step] = tuple(windows[..., 0].flatten().tolist())
     assert len(set(seen.values())) == 100
+
+
+def test_the_schedule_by_hand():
+    preset = train_py.replace(train_py.PRESETS["tiny"], steps=100, lr=1.0)
+    rates = {step: train_py.learning_rate(step, preset) for step in (0, 4, 9, 45, 80, 99)}
+    assert rates == pytest.approx({0: 0.1, 4: 0.5, 9: 1.0, 45: 0.5, 80: 0.01, 99: 0.01})
+
+
+def test_validation_reads_all_of_the_text(monkeypatch):
+    """Half of it zeros, half of it ones, by a model whose loss is the mean of what it is to say:
+    each half counts alike, and both ends are read."""
+    monkeypatch.setattr(train_py, "weights_cast_once", contextlib.nullcontext)
+    preset = train_py.replace(train_py.PRESETS["tiny"], seq_len=16)
+    seen = []
+
+    def mean_of_targets(inputs, targets):
+        seen.append(torch.cat([inputs[:, :1], targets], 1))
+        return targets.float().mean(), None
+
+    text = torch.arange(20_000) >= 10_000
+    assert train_py.validate(mean_of_targets, text, preset) == pytest.approx(0.5, abs=0.01)
+    positions = torch.arange(20_000, dtype=torch.int32)
+    seen.clear()
+    train_py.validate(mean_of_targets, positions, preset)
+    starts = torch.cat(seen)[:, 0]
+    assert starts[0] == 0 and torch.cat(seen)[-1, -1] == 19_999 and starts.diff().min() > 0
 
 
 def test_byte_tables_by_hand(monkeypatch):
@@ -2050,127 +2186,29 @@ def test_the_profiler_sees_what_the_trace_says(spec):
         kernel.get(launch.op, launch.op) for launch in launches if launch.op != "torch_grouped_mm"]
 
 
-class StubMachine:
-    """Measures nothing: of what takes turns the first takes 2 ms, the second 3. Remembers what
-    each function launched."""
-    device = DEVICE
-    memory = 1e9
-
-    def __init__(self):
-        self.ran = []
-
-    def in_turns(self, functions, rounds):
-        for function in functions:
-            with trace.record_launches() as launches:
-                function()
-            self.ran.append(" ".join(launch.op for launch in launches))
-        return [2.0 + i for i in range(len(functions))]
-
-    def back_to_back(self, function, expected_ms):
-        return 2 * expected_ms
-
-    def as_graphs(self, steps):
-        return steps
-
-    def ms_by_kind(self, step):
-        return dict.fromkeys(bench.SHARES, 0.1)
-
-    def megabytes_held(self, forward):
-        return 7.0
-
-    def free(self):
-        pass
+def test_bench_routes_as_it_says():
+    size = bench.Size(64, 128, 128, 16, 2)
+    skewed = bench.route(size, "skewed", DEVICE).flatten().bincount()
+    assert skewed[0] == 4 * 64 * 2 // 16 and skewed.sum() == 128
+    balanced = bench.route(size, "balanced", DEVICE).flatten().bincount()
+    assert balanced.tolist() == 16 * [64 * 2 // 16]
 
 
-def test_every_line_of_bench_kernels_runs_what_it_names(twins_on_cpu, monkeypatch):
-    monkeypatch.setattr(bench, "LAYERS", (bench.Size(64, 128, 128, 2, 1),))
-    monkeypatch.setattr(bench, "PAPER", ())
-    monkeypatch.setattr(bench, "WIDE", ())
-    monkeypatch.setattr(bench.Bench, "measure_ceilings", lambda self: None)
-    rows = []
-    machine = StubMachine()
-    timer = bench.Bench(machine, 2, rows.append)
-    timer.ceiling = {"GB/s": 1.0, "TFLOPS": 1.0}
-    original = kernels.grouped_gemm
-    by_hopper = []
-
-    @functools.wraps(original)
-    def noting(*args):
-        by_hopper.append(kernels.use_hopper_gemm(args[0].data))
-        return original(*args)
-
-    monkeypatch.setattr(kernels, "use_hopper_gemm", lambda x: True)
-    monkeypatch.setattr(kernels, "grouped_gemm", noting)
-    bench.bench_kernels(timer, list(bench.BENCHES))
-    ran = iter(machine.ran)
-    found = {}
-    for row in rows:
-        launched = [next(ran) for _ in range(2 if row["over"] else 1)]
-        found[row["kernel"]] = " / ".join(launched)
-    expected = {
-        "quantize": "quantize", "quantize_weight": "quantize_weight",
-        "permute+pad FP8": "gather_rows / gather_rows gather_rows",
-        "unpermute+unpad bf16": "sum_rows / gather_rows sum_rows",
-        "scaling-aware transpose": "scaling_aware_transpose / dequantize transpose quantize",
-        "requantizing transpose": "requantize / dequantize transpose quantize",
-        "with the permute inside": "scaling_aware_transpose / gather_rows scaling_aware_transpose",
-        "SwiGLU+quantize": "swiglu_quantize / swiglu quantize",
-        "SwiGLU backward+quantize, A again": "swiglu_backward_quantize / swiglu_backward quantize",
-        "fc1 fprop": "grouped_gemm / ", "fc2 fprop by the loop": "grouped_gemm / ",
-        "fc2 wgrad to bf16, requantized": "grouped_wgrad / "}
-    assert expected.items() <= found.items() and len(found) == 22
-    fprop_loop_dgrad = [True, True, False, False, True, True]       # Each line runs twice.
-    assert by_hopper == 2 * fprop_loop_dgrad                        # fc1 and fc2
-    assert [row["run"] for row in rows if row["kernel"] == "quantize"] == [1, 2]
-    assert float(rows[0]["rate"]) == pytest.approx(3 * 64 * 128 / 2e-3 / 1e9, 1e-3)     # GB/s
-    assert {row["speedup"] for row in rows} == {"", "1.500"}
-
-
-def test_bench_layer_measures_every_setting(twins_on_cpu, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "LAYERS", (bench.Size(64, 128, 128, 16, 2),))
-    monkeypatch.setattr(bench, "TRAINING", (bench.Size(64, 128, 128, 4, 2),))
-    monkeypatch.setattr(bench, "PAPER", (bench.Size(4096, 7168, 2048, 256, 8),))
-    machine = StubMachine()
-    original = fp8flow.random_layer
-    masters = []                # their dtypes
-
-    def noting(*args):
-        inputs = original(*args)
-        masters.append(inputs[3].dtype)
-        return inputs
-
-    monkeypatch.setattr(fp8flow, "random_layer", noting)
-    with bench.rows_into(tmp_path / "layer.csv", bench.LAYER_COLUMNS) as write:
-        bench.bench_layer(machine, ["flow", "flow,swiglu=unfused"], False, write)
-    assert "not measured: weights, gradients and FP8 copies take 68 GB" in capsys.readouterr().out
-    rows = list(csv.DictReader((tmp_path / "layer.csv").read_text().splitlines()))
-    settings = dict.fromkeys((row["routing"], row["weights"], row["spec"]) for row in rows)
-    assert list(settings) == [
-        ("random", "cast before", "bf16"), ("random", "cast before", "flow"),
-        ("random", "cast before", "flow,swiglu=unfused"),
-        ("balanced", "cast before", "bf16"), ("balanced", "cast before", "flow"),
-        ("skewed", "cast before", "bf16"), ("skewed", "cast before", "flow"),
-        ("random", "cast within", "bf16"), ("random", "cast within", "flow"),
-        ("random", "frozen", "bf16"), ("random", "frozen", "flow"),
-        ("random", "fp32, cast before", "bf16"), ("random", "fp32, cast before", "flow"),
-        ("random", "fp32, cast before", "flow,swiglu=unfused")]
-    assert [row["method"] for row in rows] == 14 * ["in turns", "back to back"]
-    assert [row["ms"] for row in rows[:4]] == ["2.0000", "4.0000", "3.0000", "6.0000"]
-    assert rows[3]["speedup"] == "0.6667" and float(rows[3]["sqnr_y"]) > 20
-    casts = [launched.count("quantize_weight") for launched in machine.ran]
-    # The weights of flow, where cast within.
-    assert casts == [0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0]
-    assert masters == [torch.bfloat16, torch.float32]
-    index = bench.route(bench.LAYERS[0], "skewed", DEVICE)
-    assert index.flatten().bincount()[0] == 4 * 64 * 2 // 16
-    index = bench.route(bench.LAYERS[0], "balanced", DEVICE)
-    assert index.flatten().bincount().tolist() == 16 * [64 * 2 // 16]
-    # The picture shows the numbers of the table.
-    drawn = draw.read_layer(tmp_path / "layer.csv")
-    assert [sum(draw.parts_of(row)) for row in drawn] == pytest.approx([2, 3])      # bf16 and flow
-    assert draw.draw_layer(tmp_path).exists()
-    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
-    assert draw.draw_dataflow(tmp_path).exists()
+@pytest.mark.skipif(not CUDA, reason="times need a GPU")
+def test_bench_runs(monkeypatch, tmp_path, capsys):
+    size = bench.Size(1024, 256, 384, 4, 2)
+    monkeypatch.setattr(bench, "LAYERS", (size,))
+    for name in ("PAPER", "WIDE", "TRAINING"):
+        monkeypatch.setattr(bench, name, ())
+    bench.main(["kernels", "--csv", str(tmp_path / "kernels.csv")])
+    bench.main(["layer", "flow", "naive", "--csv", str(tmp_path / "layer.csv")])
+    quantize = read_log(tmp_path / "kernels.csv")[0]
+    moved = 3 * 1024 * 256                      # bf16 in, FP8 out; GB/s are bytes a nanosecond
+    assert float(quantize["rate"]) == pytest.approx(moved / float(quantize["us"]) / 1e3, rel=1e-2)
+    flow = [row for row in read_log(tmp_path / "layer.csv") if row["spec"] == "flow"]
+    assert float(flow[0]["sqnr_y"]) > 20 and float(flow[0]["ms"]) > 0
+    rows = [float(row["ms"]) for row in draw.read_layer(tmp_path / "layer.csv")]
+    assert len(rows) == 3 and draw.draw_layer(tmp_path).exists()
 
 
 @pytest.mark.parametrize("tool, words, sentence", [
@@ -2232,12 +2270,12 @@ SMALL = bench.Size(T=320, D=128, F=256, E=4, k=2)
 
 
 def test_pictures_fit_a_page(twins_on_cpu, monkeypatch, tmp_path, capsys):
-    """900 pixels wide, below 150 kB, several in one command. (layer: see the test of bench.)"""
+    """900 pixels wide, below 150 kB, several in one command. (layer: see test_bench_runs.)"""
     monkeypatch.setattr(draw, "ASSETS", tmp_path)
     monkeypatch.setitem(draw.PICTURES, "bytes", lambda folder: draw.draw_bytes(folder, SMALL))
-    names = [name for name in draw.PICTURES if name != "layer"]
+    names = ["dataflow", "bytes"]
     draw.main(names)
-    assert capsys.readouterr().out.count("drawn: ") == len(names) == 5
+    assert capsys.readouterr().out.count("drawn: ") == 2
     for name in names:
         path = tmp_path / f"{name}.png"
         assert Image.open(path).width == 900 and path.stat().st_size < 150_000
@@ -2254,19 +2292,6 @@ def test_bytes_are_those_of_the_trace(twins_on_cpu):
         kinds = [draw.kind_of_launch(launch) for launch in launches]
         assert [kinds.count(kind) for kind in ("GEMM", "transpose", "SwiGLU", "cast", "other")] == [
             6, 4, 2, casts, 0]
-
-
-def test_grid_is_that_of_e4m3():
-    """README's example: 1.07 once, and again at two scales."""
-    assert draw.rounded(1.07, 1.0) == draw.rounded(1.125, 0.5) == 1.125
-    assert draw.rounded(1.125, 0.7) == pytest.approx(1.1375)
-    assert draw.rounded(1.07, 0.7) == pytest.approx(1.05)
-    assert draw.codes_between(0.9, 1.2, 0.5) == [1.875, 2.0, 2.25]
-    every = draw.codes_between(-500, 500, 1.0)
-    assert len(every) == 254 and max(every) == kernels.E4M3_MAX
-    for x in torch.linspace(1, 2, 50).tolist():
-        nearest = min(abs(code * 0.7 - x) for code in every)
-        assert abs(draw.rounded(x, 0.7) - x) == pytest.approx(nearest, abs=1e-6)
 
 
 def test_the_walk_shows_every_case(twins_on_cpu, capsys):

@@ -4,13 +4,10 @@
 
     dataflow    every launch of naive and of flow, as tools.trace records them
     bytes       how many bytes these launches move (takes 40 seconds and 5 GB of memory)
-    stripes     what shares a scale, and along which axis each product sums
-    grid        1.07 rounded once and twice, between the codes of E4M3
-    timeline    the GEMM that waits and the one that does not
     layer       the times in assets/layer.csv, which a GPU has written:
                 python -m tools.bench layer --csv assets/layer.csv
 
-(train.py draws loss.png.)
+(train.py draws loss.png. stripes.png, grid.png and timeline.png show what no data changes.)
 """
 import argparse
 import csv
@@ -35,7 +32,6 @@ BLUE = "#1f6fb2"                # FP8
 GRAY = "#646a73"                # bf16, and the rest
 INK = "#222222"
 PALE = "#d0d3d8"
-PALE_BLUE = "#c3daee"
 BAND = "#eef0f3"
 COLORS = {"GEMM": "#8a8f98", "transpose": "#d9902f", "SwiGLU": "#8b6bb1", "cast": RED,
           "permute": "#4f9463", "other": PALE}
@@ -249,155 +245,9 @@ def draw_layer(folder: Path) -> Path:
     return save(figure, folder, "layer")
 
 
-# ---- stripes -------------------------------------------------------------------------------------
-
-SIDE = 168                      # pixels of a matrix
-BLOCKS = 4                      # along a side, of 128 each
-STRIPES = 6                     # in a block; 128 could not be seen
-
-
-def draw_matrix(axes, left: int, top: int, rows: int, columns: int) -> None:
-    """Each block in rows x columns parts that have a scale each. One is marked."""
-    height = SIDE / BLOCKS / rows
-    width = SIDE / BLOCKS / columns
-    box(axes, left, top, SIDE, SIDE, PALE_BLUE)
-    for color, lines, gaps in (("white", BLOCKS * rows, BLOCKS * columns), (GRAY, BLOCKS, BLOCKS)):
-        across = [top + SIDE * i / lines for i in range(lines + 1)]
-        down = [left + SIDE * i / gaps for i in range(gaps + 1)]
-        axes.hlines(across, left, left + SIDE, color, linewidth=1)
-        axes.vlines(down, top, top + SIDE, color, linewidth=1)
-    x = left + (columns + columns // 2) * width
-    y = top + (rows + rows // 2) * height
-    axes.add_patch(Rectangle((x, y), width, height, color=BLUE, zorder=3))
-
-
-def draw_stripes(folder: Path) -> Path:
-    figure, axes = canvas(345)
-    top = 70
-    panels = [
-        ("1x128 stripes", "row-wise", STRIPES, 1, "fprop, dgrad", ""),
-        ("128x1 columns", "requantized", 1, STRIPES, "", "wgrad"),
-        ("128x128 tiles", "direct transpose", 1, 1, "", "wgrad"),
-        ("128x128 tiles", "weights", 1, 1, "fprop", "dgrad"),
-    ]
-    for number, (title, use, rows, columns, across, down) in enumerate(panels):
-        left = 50 + 222 * number
-        middle = left + SIDE / 2
-        below = top + SIDE + 16
-        write(axes, middle, 22, title, weight="bold", fontsize="large")
-        write(axes, middle, 48, use)
-        draw_matrix(axes, left, top, rows, columns)
-        if across:
-            arrow(axes, (left, below), (left + SIDE, below))
-            write(axes, middle, below + 18, across)
-        if down:
-            arrow(axes, (left - 14, top), (left - 14, top + SIDE))
-            write(axes, left - 32, top + SIDE / 2, down, rotation=90, va="center")
-    box(axes, 50, 314, 24, 16, BLUE)
-    write(axes, 84, 322, "one scale", ha="left")
-    arrow(axes, (272, 322), (322, 322))
-    write(axes, 332, 322, "a product sums this way", ha="left")
-    return save(figure, folder, "stripes")
-
-
-# ---- grid ----------------------------------------------------------------------------------------
-
-EXAMPLE = 1.07
-LOW = 0.94                      # what is drawn of the number lines
-HIGH = 1.27
-LINES = {0.7: 0, 1.0: 1, 0.5: 2}        # scales, from the top; the first rounding is at 1.0
-
-
-def codes_between(low: float, high: float, scale: float) -> list[float]:
-    """The codes of E4M3 whose values at this scale lie there."""
-    codes = torch.arange(256).to(torch.uint8).view(FP8).float()
-    values = codes * scale
-    return codes[(low < values) & (values < high)].tolist()
-
-
-def rounded(x: float, scale: float) -> float:
-    """The nearest value that a code has at this scale."""
-    return torch.tensor(x / scale).to(FP8).item() * scale
-
-
-def say_error(axes, value: float, scale: float, when: str) -> None:
-    """How far from the example the value is, written beside it."""
-    y = LINES[scale]
-    y += 0.22 if y == 0 else -0.22              # where no code is written
-    words = f"{when}: {abs(value / EXAMPLE - 1):.0%} off"
-    if value > EXAMPLE:
-        write(axes, value + 0.008, y, words, ha="left")
-    else:
-        write(axes, value - 0.008, y, words, ha="right")
-
-
-def draw_grid(folder: Path) -> Path:
-    figure = figure_of(440)
-    axes = figure.add_axes((0.11, 0, 0.88, 1))
-    axes.vlines(EXAMPLE, -0.57, 2.5, INK, linestyle=":", linewidth=2, zorder=0)
-    write(axes, EXAMPLE, -0.68, EXAMPLE, weight="bold")
-    for scale, y in LINES.items():
-        axes.hlines(y, LOW, HIGH, GRAY, linewidth=2)
-        write(axes, LOW - 0.004, y, f"scale {scale:g}", ha="right", weight="bold")
-        for code in codes_between(LOW, HIGH, scale):
-            value = code * scale
-            axes.vlines(value, y - 0.08, y + 0.08, GRAY, linewidth=2)
-            label = f"{value:.5g}\n{code:g} x {scale:g}"
-            write(axes, value, y - 0.27 if y == 0 else y + 0.27, label, va="center")
-        axes.plot(rounded(EXAMPLE, scale), y, "o", color=BLUE, markersize=11, zorder=3)
-    first = rounded(EXAMPLE, 1.0)
-    say_error(axes, first, 1.0, "once")
-    say_error(axes, rounded(EXAMPLE, 0.7), 0.7, "once")
-    for scale, begin, end in ((0.7, 0.9, 0.11), (0.5, 1.5, 1.89)):
-        again = rounded(first, scale)
-        arrow(axes, (first, begin), (again, end), RED)
-        axes.plot(again, LINES[scale], "o", color=RED, markersize=14, fillstyle="none",
-                  markeredgewidth=2.5, zorder=4)
-        say_error(axes, again, scale, "again")
-    axes.set(xlim=(LOW, HIGH), ylim=(2.6, -0.85))
-    axes.axis("off")
-    return save(figure, folder, "grid")
-
-
-# ---- timeline ------------------------------------------------------------------------------------
-
-SLOT = 108                      # pixels of a product, and of a promotion
-LANE = 40
-LANES = 124                     # where they begin; their names stand before
-LOOKS = {"product": (BLUE, "white"), "for": (BLUE, "white"), "idle": ("white", INK)}
-
-
-def draw_lane(axes, y: int, name: str, work: list[str], begin: int = 0, slots: int = 1) -> None:
-    """What one worker does from slot `begin` on, each for so many slots."""
-    write(axes, LANES - 8, y, name, ha="right")
-    for number, what in enumerate(work):
-        left = LANES + SLOT * (begin + number)
-        color, ink = LOOKS.get(what.partition(" ")[0], (PALE, INK))
-        box(axes, left + 1, y - LANE / 2 + 2, SLOT * slots - 2, LANE - 4, color)
-        write(axes, left + SLOT * slots / 2, y, what, color=ink)
-
-
-def draw_timeline(folder: Path) -> Path:
-    figure, axes = canvas(380)
-    titles = {20: "The loop: the tensor core waits", 160: "Two consumers: it does not"}
-    for y, title in titles.items():
-        write(axes, LANES, y, title, ha="left", weight="bold", fontsize="large")
-    steps = ["product", "promote"] * 4
-    draw_lane(axes, 60, "program", steps[:7])
-    draw_lane(axes, 100, "tensor core", ["product", "idle"] * 3 + ["product"])
-    draw_lane(axes, 200, "consumer 0", steps[:7])
-    draw_lane(axes, 240, "consumer 1", steps[:6], begin=1)
-    draw_lane(axes, 280, "tensor core", ["for 0", "for 1"] * 3 + ["for 0"])
-    draw_lane(axes, 320, "loader", ["copies the tiles of later steps, when there is room"], slots=7)
-    arrow(axes, (LANES, 358), (LANES + 7 * SLOT, 358))
-    write(axes, LANES - 8, 358, "time", ha="right")
-    return save(figure, folder, "timeline")
-
-
 # ---- main ----------------------------------------------------------------------------------------
 
-PICTURES = {"dataflow": draw_dataflow, "bytes": draw_bytes, "stripes": draw_stripes,
-            "grid": draw_grid, "timeline": draw_timeline, "layer": draw_layer}
+PICTURES = {"dataflow": draw_dataflow, "bytes": draw_bytes, "layer": draw_layer}
 
 
 def main(argv=None) -> None:

@@ -32,39 +32,38 @@ switches:
     scales      fp32       pow2      the double quantization error
 
 Q(X) at the entry of forward and Q(dY) at the entry of backward are left: 2 casts. Between the two
-values of `transpose` lies `fused`: DQ, transpose and Q' in one launch, a requantization (RQ), which
-counts as one cast a tensor. It moves hardly more bytes than the direct transpose, and with fp32
-scales it rounds twice.
+values of `transpose` lies `requantize` (RQ): DQ, transpose and Q' in one launch, which counts as
+one cast a tensor. It moves hardly more bytes than the direct transpose, and with fp32 scales it
+rounds twice.
+
+Weights are cast once in a forward: forward multiplies with W, and keeps W^T for backward. These
+casts are not among the twelve.
 
 Reading order: Recipe, Plan, the layer's definition, the switches, FP8Experts. What follows is the
 bf16 baseline, `experts` and `Experts` for other people's models, and how casts are counted.
 
 Shapes: T tokens, k experts per token, E experts, M padded token slots, D model width, F expert
-width. The router's weight of a token's choice is `top_k_weights` outside, `probs` [T, k] inside and
-`prob` [M] where it stands beside its slot.
+width. The router's weight of a token's choice is `top_k_weights` [T, k], and `prob` [M] where it
+stands beside its slot.
 """
 import contextlib
 import functools
-import linecache
-import sys
 from dataclasses import dataclass, replace
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, pad, silu
 
 if __package__:                         # cloned as a package, beside another one called `kernels`
     from . import kernels
-    from .kernels import ANY, BLOCK, BY_128, FLOATS, QTensor, check, check_choice
+    from .kernels import BLOCK, QTensor, has_memory, require
 else:
     import kernels
-    from kernels import ANY, BLOCK, BY_128, FLOATS, QTensor, check, check_choice
+    from kernels import BLOCK, QTensor, has_memory, require
 
-CHOICES = {
-    "transpose": ("direct", "fused", "unfused"),
+SWITCHES = {                            # what flow does comes first
+    "transpose": ("direct", "requantize", "unfused"),
     "swiglu": ("fused", "unfused"),
     "permute": ("fused", "unfused"),
     "scales": ("pow2", "fp32"),
@@ -73,35 +72,26 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the expert layer computes. The defaults are `flow`.
-
-    precision   "fp8" | "bf16": bf16 has the same routing plan and fused kernels, torch's grouped
-                GEMM, and no switches.
-    transpose   "direct": shift exponents | "unfused": dequantize, transpose, quantize again |
-                "fused": these three in one launch.
-    swiglu      "fused" with quantization | "unfused".
-    permute     "fused" with padding | "unfused": permute, then pad.
-    scales      "pow2" | "fp32" (amax/448).
-    Raises ValueError for a combination that has no meaning.
-    """
-    precision: str = "fp8"
-    transpose: str = "direct"
-    swiglu: str = "fused"
-    permute: str = "fused"
-    scales: str = "pow2"
+    """How the expert layer computes. The defaults are `flow`. Raises ValueError for a combination
+    that has no meaning."""
+    precision: str = "fp8"          # | "bf16": torch's grouped GEMM, no switches
+    transpose: str = "direct"       # shift exponents | "unfused": dequantize, transpose, quantize
+                                    # again | "requantize": these three in one launch
+    swiglu: str = "fused"           # with quantization | "unfused"
+    permute: str = "fused"          # with padding | "unfused": permute, then pad
+    scales: str = "pow2"            # | "fp32": amax/448
 
     def __post_init__(self):
-        check_choice("precision", self.precision, ("fp8", "bf16"))
-        for name, choices in CHOICES.items():
+        require(self.precision in ("fp8", "bf16"), "precision must be 'fp8' or 'bf16'",
+                self.precision)
+        for name, choices in SWITCHES.items():
             value = getattr(self, name)
-            check_choice(name, value, choices)
-            if self.precision == "bf16" and value != choices[0]:
-                raise ValueError(f"{name}={value} is a switch of FP8: not for bf16, use naive or "
-                                 "flow")
-        if self.transpose == "direct" and self.scales == "fp32":
-            raise ValueError("transpose=direct needs scales=pow2: it shifts exponents, and the "
-                             "ratio of two fp32 scales is no power of two; use scales=pow2 or "
-                             "transpose=fused")
+            require(value in choices, f"{name} must be one of {', '.join(choices)}", value)
+            require(self.precision == "fp8" or value == choices[0],
+                    f"{name}={value} is a switch of FP8: use it with naive or flow, not with bf16")
+        require(self.transpose != "direct" or self.scales == "pow2",
+                "transpose=direct shifts exponents, and the ratio of two fp32 scales is no power "
+                "of two: use scales=pow2 or transpose=requantize")
 
 
 RECIPES = {
@@ -109,36 +99,34 @@ RECIPES = {
     "naive": Recipe(transpose="unfused", swiglu="unfused", permute="unfused", scales="fp32"),
     "flow": Recipe(),
 }
+# bf16, from naive to flow a switch at a time, and from flow one step back.
+LADDER = ["bf16", "naive", "naive,transpose=requantize", "naive,transpose=requantize,scales=pow2",
+          "naive,transpose=direct,scales=pow2", "flow,permute=unfused", "flow",
+          "flow,transpose=unfused"]
 
 
 def parse_spec(spec: "str | Recipe") -> Recipe:
-    """A recipe's name and the switches that differ from it, "flow" or "flow,swiglu=unfused".
-
-    A Recipe is returned as it is. Raises ValueError for what is neither.
-    """
+    """A recipe's name and the switches that differ from it: "flow" or "flow,swiglu=unfused". A
+    Recipe is returned as it is. Raises ValueError for what is neither."""
     if isinstance(spec, Recipe):
         return spec
-    if not isinstance(spec, str):
-        raise ValueError(f"recipe={spec!r} is of type {type(spec).__name__}: give a Recipe or a "
-                         "spec such as 'flow' or 'flow,swiglu=unfused'")
+    require(isinstance(spec, str), "a recipe is a Recipe, or a spec such as 'flow,swiglu=unfused'",
+            spec)
     name, *changes = spec.split(",")
-    check_choice("recipe", name, RECIPES)
-    if name == "bf16" and changes:
-        raise ValueError(f"recipe={spec!r} sets a switch of FP8: not for bf16, use naive or flow")
+    require(name in RECIPES, f"a recipe is one of {', '.join(RECIPES)}", spec)
     switches = {}
     for change in changes:
         key, _, value = change.partition("=")
-        check_choice("switch", key, CHOICES)
-        check_choice(key, value, CHOICES[key])
-        if key in switches:
-            raise ValueError(f"recipe={spec!r} sets {key} twice: set it once")
+        require(key in SWITCHES, f"a switch is one of {', '.join(SWITCHES)}", spec)
+        require(key not in switches, f"{key} is set twice: set it once", spec)
         switches[key] = value
     return replace(RECIPES[name], **switches)
 
 
 # ---- the routing plan ----------------------------------------------------------------------------
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """Where each token goes. A pair is a token and one of its k experts. M slots hold the pairs
     sorted by expert, each expert padded to a multiple of 128. Every shape is static: nothing waits
     for the GPU."""
@@ -147,15 +135,37 @@ class Plan(NamedTuple):
     pair: Tensor             # [M] int64     the pair t*k + choice in each slot, -1: padding
     tile_expert: Tensor      # [M/128] int32 the expert of each tile, -1: unused
     ends: Tensor             # [E] int32     where each expert's slots end, a multiple of 128
-    unpadded: "Unpadded"
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As save_for_backward takes them: Plan(*plan.tensors()) is the plan again."""
+        return self.slot, self.token, self.pair, self.tile_expert, self.ends
+
+    @functools.cached_property
+    def rows(self) -> "Rows":
+        """Made when the unfused permute first asks: nothing else reads them."""
+        is_row = self.pair >= 0
+        row_of_slot = torch.where(is_row, is_row.cumsum(0) - 1, -1)
+        row_of_pair = row_of_slot[self.slot]
+        slot_of_row = torch.empty_like(self.slot.flatten())
+        slot_of_row[row_of_pair.flatten()] = self.slot.flatten()
+        return Rows(self.token[slot_of_row], slot_of_row, row_of_slot, row_of_pair)
 
 
-def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan:
+class Rows(NamedTuple):
+    """The pairs sorted by expert, but not padded yet."""
+    token: Tensor            # [T*k] int64   the token of each row
+    slot: Tensor             # [T*k] int64   the slot of each row
+    row_of_slot: Tensor      # [M] int64     the row in each slot, -1: padding
+    row_of_pair: Tensor      # [T, k] int64  the row of each pair
+
+
+def make_plan(top_k_index: Tensor, num_experts: int) -> Plan:
     """top_k_index [..., k] int32 or int64, the experts of each token, each in [0, num_experts)
     -> Plan. No sync, no atomics.
 
-    M = round_up(T*k + E*127, 128) is enough, whatever the router does. Two tokens that choose
-    experts 2, 0 and 2, 1 of three, in blocks of 4 (M = round_up(2*2 + 3*3, 4) = 16):
+    M = round_up(T*k + min(E, T*k)*127, 128) is enough, whatever the router does: an expert that
+    some token chose wastes at most 127 slots. Two tokens that choose experts 2, 0 and 2, 1 of
+    three, on paper with 4 in place of 128 (M = round_up(2*2 + 3*3, 4) = 16):
 
                        expert 0 | expert 1 | expert 2 | unused
         pair         = [1 . . .   3 . . .    0 2 . .    . . . .]       a dot is -1
@@ -164,66 +174,35 @@ def make_plan(top_k_index: Tensor, num_experts: int, block: int = BLOCK) -> Plan
         ends         = [4,        8,         12]
         slot         = [[8, 0], [9, 4]]                 of the two choices of each token
 
-    Raises ValueError for other shapes and dtypes, on a CPU for values out of range, too; on a GPU
-    (and in the interpreter, which does the same), where reading them is a sync, `gather` below
-    meets those with an assertion.
+    Raises ValueError for another dtype and, on a CPU, for an index out of range. On a GPU, where to
+    read it is to wait, that ends in an assertion of the device.
     """
-    check("top_k_index", top_k_index, (torch.int32, torch.int64), ..., ANY)
-    if num_experts < 1:
-        raise ValueError(f"num_experts={num_experts} must be at least 1")
-    if top_k_index.is_cpu and not kernels.INTERPRET:
-        kernels.check_values("top_k_index", top_k_index, 0, num_experts)
-    device = top_k_index.device
+    require(top_k_index.dtype in (torch.int32, torch.int64),
+            "top_k_index holds numbers of experts: give it as int32 or int64", top_k_index.dtype)
     k = top_k_index.shape[-1]
-    experts = top_k_index.reshape(-1).long()
-    pairs = len(experts)
-    M = -(-(pairs + num_experts * (block - 1)) // block) * block
-
-    # Rows are the pairs sorted by expert: expert e has rows bounds[e] to bounds[e + 1]. At the
-    # right stand the values of the example.
-    expert_of_row, pair_of_row = experts.sort(stable=True)      # [0, 1, 2, 2] and [1, 3, 0, 2]
-    bounds = torch.searchsorted(expert_of_row, torch.arange(num_experts + 1, device=device))
-    first_row = bounds[:-1]                                     # [0, 1, 2] of [0, 1, 2, 4]
-    ends = ((bounds.diff() + block - 1) // block * block).cumsum(0)         # [4, 8, 12]
-    first_slot = pad(ends[:-1], (1, 0))                                     # [0, 4, 8]
-    # gather refuses an expert of -1, where an index in brackets would count it from the end.
-    row = torch.arange(pairs, device=device)
-    slot_of_row = row + (first_slot - first_row).gather(0, expert_of_row)   # [0, 4, 8, 9]
-
-    pair = torch.full((M,), -1, device=device)
-    pair[slot_of_row] = pair_of_row                     # Each place is written once: no atomics.
-    slot = torch.empty_like(row)
-    slot[pair_of_row] = slot_of_row
-    tile_expert = torch.searchsorted(ends, torch.arange(0, M, block, device=device), right=True)
-    return Plan(
-        slot=slot.view(-1, k),
-        token=pair.div(k, rounding_mode="floor"),       # -1 stays -1.
-        pair=pair,
-        tile_expert=torch.where(tile_expert < num_experts, tile_expert, -1).int(),
-        ends=ends.int(),
-        unpadded=make_unpadded(pair_of_row, slot_of_row, M, k))
+    # Pairs sorted by expert are called rows: those of expert e are bounds[e] to bounds[e + 1].
+    expert_of_row, pair_of_row = top_k_index.flatten().sort(stable=True)    # [0 1 2 2], [1 3 0 2]
+    every_expert = torch.arange(num_experts + 1, device=expert_of_row.device,
+                                dtype=expert_of_row.dtype)
+    bounds = torch.searchsorted(expert_of_row, every_expert)                # [0 1 2 4]
+    check_index(expert_of_row, bounds)
+    slot, *others = kernels.plan_slots(pair_of_row, bounds, k)
+    return Plan(slot.view(-1, k), *others)
 
 
-class Unpadded(NamedTuple):
-    """For the unfused permute alone, which makes rows first: pairs sorted by expert, unpadded."""
-    token: Tensor            # [T*k] int64   the token of each row
-    slot: Tensor             # [T*k] int64   the slot of each row
-    row_of_slot: Tensor      # [M] int64     the row in each slot, -1: padding
-    row_of_pair: Tensor      # [T, k] int64  the row of each pair
+def check_index(expert_of_row: Tensor, bounds: Tensor) -> None:
+    """An index out of range is a row outside of all bounds."""
+    in_range = bounds[-1] - bounds[0] == len(expert_of_row)
+    sentence = f"top_k_index must hold experts from 0 to {len(bounds) - 2}"
+    if in_range.is_cuda:
+        torch._assert_async(in_range, sentence)         # The host does not wait for it.
+    else:
+        require(in_range.item(), sentence, *expert_of_row[[0, -1]].tolist())
 
 
-def make_unpadded(pair_of_row: Tensor, slot_of_row: Tensor, M: int, k: int) -> Unpadded:
-    row = torch.arange(len(pair_of_row), device=pair_of_row.device)
-    row_of_slot = torch.full((M,), -1, device=row.device)
-    row_of_slot[slot_of_row] = row
-    row_of_pair = torch.empty_like(row)
-    row_of_pair[pair_of_row] = row
-    return Unpadded(pair_of_row // k, slot_of_row, row_of_slot, row_of_pair.view(-1, k))
-
-
-def spread(probs: Tensor, plan: Plan) -> Tensor:
-    """probs [T, k] fp32 -> one for each slot [M], 0 in the padding (-1 meets the appended zero)."""
-    return pad(probs.flatten(), (0, 1))[plan.pair]
+def spread(top_k_weights: Tensor, plan: Plan) -> Tensor:
+    """[T, k] fp32 -> one for each slot [M], 0 in the padding (-1 meets the appended zero)."""
+    return pad(top_k_weights.flatten(), (0, 1))[plan.pair]
 
 
 # ---- the layer's definition: what every recipe approximates --------------------------------------
@@ -250,34 +229,35 @@ def permute(x, plan: Plan, recipe: Recipe):
     """Tokens [T, D] (bf16 or FP8) -> slots [M, D], zeros in the padding."""
     if recipe.permute == "fused":
         return kernels.gather_rows(x, plan.token, plan.tile_expert)
-    rows = kernels.gather_rows(x, plan.unpadded.token)
-    return kernels.gather_rows(rows, plan.unpadded.row_of_slot, plan.tile_expert)
+    rows = kernels.gather_rows(x, plan.rows.token)
+    return kernels.gather_rows(rows, plan.rows.row_of_slot, plan.tile_expert)
 
 
 def unpermute(y: Tensor, plan: Plan, recipe: Recipe) -> Tensor:
     """Slots [M, D] bf16 -> tokens [T, D] bf16: the sum of each token's k rows."""
     if recipe.permute == "fused":
         return kernels.sum_rows(y, plan.slot)
-    return kernels.sum_rows(kernels.gather_rows(y, plan.unpadded.slot), plan.unpadded.row_of_pair)
+    rows = kernels.gather_rows(y, plan.rows.slot)
+    return kernels.sum_rows(rows, plan.rows.row_of_pair)
 
 
-def swiglu(h: Tensor, prob: Tensor, plan: Plan, recipe: Recipe) -> QTensor:
+def swiglu_to_fp8(h: Tensor, prob: Tensor, plan: Plan, recipe: Recipe) -> QTensor:
     """H [M, 2F] bf16 -> A [M, F] in FP8."""
     if recipe.swiglu == "fused":
-        return kernels.swiglu_quantize(h, prob, recipe.scales, plan.tile_expert)
-    return kernels.quantize(kernels.swiglu(h, prob, plan.tile_expert), recipe.scales,
-                            plan.tile_expert)
+        return kernels.swiglu(h, prob, recipe.scales, plan.tile_expert)
+    a = kernels.swiglu(h, prob, None, plan.tile_expert)
+    return kernels.quantize(a, recipe.scales, plan.tile_expert)
 
 
-def swiglu_backward(da: Tensor, h: Tensor, prob: Tensor, a: QTensor | None, plan: Plan,
-                    recipe: Recipe) -> tuple[QTensor, Tensor, QTensor]:
+def swiglu_backward_to_fp8(da: Tensor, h: Tensor, prob: Tensor, a: QTensor, plan: Plan,
+                           recipe: Recipe) -> tuple[QTensor, Tensor, QTensor]:
     """dA [M, F] and H [M, 2F] bf16 -> dH [M, 2F] in FP8, dprob [M] fp32, A [M, F] in FP8.
 
-    A is made again from H where that costs no cast (fused), and was kept elsewhere.
+    Fused, A is made again from H, which costs no cast. Unfused, it was kept.
     """
     if recipe.swiglu == "fused":
-        return kernels.swiglu_backward_quantize(da, h, prob, recipe.scales, plan.tile_expert)
-    dh, dprob = kernels.swiglu_backward(da, h, prob, plan.tile_expert)
+        return kernels.swiglu_backward(da, h, prob, recipe.scales, plan.tile_expert)
+    dh, dprob, _ = kernels.swiglu_backward(da, h, prob, None, plan.tile_expert)
     return kernels.quantize(dh, recipe.scales, plan.tile_expert), dprob, a
 
 
@@ -286,7 +266,7 @@ def column_wise(q: QTensor, plan: Plan, recipe: Recipe, rows: Tensor | None = No
     permute as it reads: then q is [T, C], and `rows` names the token of each slot."""
     if recipe.transpose == "direct":
         return kernels.scaling_aware_transpose(q, rows, plan.tile_expert)
-    if recipe.transpose == "fused":
+    if recipe.transpose == "requantize":
         return kernels.requantize(q, recipe.scales, plan.tile_expert)
     x = kernels.dequantize(q, torch.bfloat16, plan.tile_expert)
     x = kernels.transpose(x, plan.tile_expert)
@@ -301,112 +281,86 @@ def keeps_x_unpermuted(recipe: Recipe) -> bool:
 
 # ---- the layer -----------------------------------------------------------------------------------
 
-def without_autocast(function):
-    """Autocast around forward or backward would change the layer's bits: inside, it is off."""
-    @functools.wraps(function)
-    def call(ctx, x, *others):
-        with torch.autocast(x.device.type, enabled=False):
-            return function(ctx, x, *others)
+def plain_backward(backward):
+    """What both backwards below have in common: autocast around them would change their bits, and a
+    second derivative would be wrong without a word."""
+    @functools.wraps(backward)
+    def call(ctx, dy):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the experts have no second derivative: leave out create_graph")
+        with torch.autocast(dy.device.type, enabled=False):
+            return backward(ctx, dy)
     return call
-
-
-class Operands(NamedTuple):
-    """What the GEMMs multiply: the weights in FP8, [E, N, K], and transposed; or in bf16, where
-    torch's GEMM reads either way and the transposes are None."""
-    w1: QTensor | Tensor
-    w1_t: QTensor | None
-    w2: QTensor | Tensor
-    w2_t: QTensor | None
-    recipe: Recipe
-
-
-def cast_weights(w1: Tensor, w2: Tensor, recipe: "str | Recipe") -> Operands:
-    """The masters w1 [E, 2F, D] and w2 [E, D, F] -> what the GEMMs read."""
-    recipe = parse_spec(recipe)
-    if recipe.precision == "bf16":
-        return Operands(w1.detach().bfloat16(), None, w2.detach().bfloat16(), None, recipe)
-    w1_fp8, w1_fp8_t = kernels.quantize_weight(w1.detach(), recipe.scales)
-    w2_fp8, w2_fp8_t = kernels.quantize_weight(w2.detach(), recipe.scales)
-    return Operands(w1_fp8, w1_fp8_t, w2_fp8, w2_fp8_t, recipe)
-
-
-def tensors_of(*qtensors: QTensor | None) -> list[Tensor | None]:
-    """The data and scale of each: save_for_backward takes tensors alone."""
-    tensors = []
-    for q in qtensors:
-        tensors += (None, None) if q is None else (q.data, q.scale)
-    return tensors
-
-
-def qtensors_of(tensors: list[Tensor | None], policy: str) -> list[QTensor | None]:
-    """The way back."""
-    qtensors = []
-    for data, scale in zip(tensors[::2], tensors[1::2]):
-        qtensors.append(None if data is None else QTensor(data, scale, policy))
-    return qtensors
 
 
 class FP8Experts(torch.autograd.Function):
     """The expert layer in FP8: a tensor a line. The margin numbers the explicit casts in the order
     in which they run.
 
-    x [T, D] bf16, probs [T, k] fp32; w1 [E, 2F, D] and w2 [E, D, F], the master weights, are passed
-    only to receive their gradients (in their dtype): what is multiplied is `operands`.
-    -> [T, D] bf16.
-    A name is used again, so that the form before is freed: dy is bf16, then FP8, then permuted,
-    then column-wise.
+    x [T, D] bf16, top_k_weights [T, k] fp32, w1 [E, 2F, D], w2 [E, D, F] -> [T, D] bf16.
+    A name tells what x and dy are: _fp8 as they came, [T, D]; _slots permuted and padded, [M, D];
+    _columns transposed, [D, M], for wgrad.
     """
 
     @staticmethod
-    @without_autocast
-    def forward(ctx, x, probs, w1, w2, operands, plan, recipe):
-        prob = spread(probs, plan)
-        x = kernels.quantize(x, recipe.scales)                          # naive 1, flow 1: Q(X)
-        x_slots = permute(x, plan, recipe)
-        h = kernels.grouped_gemm(x_slots, operands.w1, plan.tile_expert, plan.ends)
-        a = swiglu(h, prob, plan, recipe)                               # naive 2: Q(A)
-        y = kernels.grouped_gemm(a, operands.w2, plan.tile_expert, plan.ends)
+    def forward(ctx, x, top_k_weights, w1, w2, plan, recipe):
+        w1_fp8, w1_t = kernels.quantize_weight(w1, recipe.scales)
+        w2_fp8, w2_t = kernels.quantize_weight(w2, recipe.scales)
+        prob = spread(top_k_weights, plan)
+
+        x_fp8 = kernels.quantize(x, recipe.scales)                      # naive 1, flow 1: Q(X)
+        x_slots = permute(x_fp8, plan, recipe)
+        h = kernels.grouped_gemm(x_slots, w1_fp8, plan.tile_expert, plan.ends)
+        a = swiglu_to_fp8(h, prob, plan, recipe)                        # naive 2: Q(A)
+        y = kernels.grouped_gemm(a, w2_fp8, plan.tile_expert, plan.ends)
         y = unpermute(y, plan, recipe)
 
-        # Kept for backward: X in FP8 (permuted or not); H in bf16; W1^T and W2^T; A only where to
-        # make it again from H would be a cast (naive). What is saved here is freed at the end of
-        # backward; an attribute would live on.
-        x = x if keeps_x_unpermuted(recipe) else x_slots
-        a = a if recipe.swiglu == "unfused" else None
-        ctx.save_for_backward(h, prob, *tensors_of(x, a, operands.w1_t, operands.w2_t))
-        ctx.plan = plan
+        # Kept for backward: X in FP8, permuted or not; H in bf16; W1^T and W2^T. Naive keeps A,
+        # too, since making it again from H would cost a cast. What is saved here is freed at the
+        # end of backward; an attribute would live on.
+        x_kept = x_fp8 if keeps_x_unpermuted(recipe) else x_slots
+        a_kept = a if recipe.swiglu == "unfused" else QTensor(None, None, recipe.scales)
+        ctx.save_for_backward(*plan.tensors(), h, prob, *x_kept[:2], *a_kept[:2], *w1_t[:2],
+                              *w2_t[:2])
         ctx.recipe = recipe
         ctx.wgrad_dtype = wgrad_dtype(w1.dtype)
         return y
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @plain_backward
     def backward(ctx, dy):
-        plan = ctx.plan
         recipe = ctx.recipe
-        h, prob, *others = ctx.saved_tensors
-        x, a, w1_t, w2_t = qtensors_of(others, recipe.scales)
+        saved = ctx.saved_tensors       # asked for once, as checkpointing demands
+        plan = Plan(*saved[:5])
+        h, prob = saved[5:7]
+        x, a, w1_t, w2_t = qtensors(saved[7:], recipe.scales)
         wants_dx, _, wants_dw1, wants_dw2, *_ = ctx.needs_input_grad
         dx = dw1 = dw2 = None
 
-        dy = kernels.quantize(dy, recipe.scales)                        # naive 3, flow 2: Q(dY)
-        dy = permute(dy, plan, recipe)
-        da = kernels.grouped_gemm(dy, w2_t, plan.tile_expert, plan.ends)
-        dh, dprob, a = swiglu_backward(da, h, prob, a, plan, recipe)    # naive 4: Q(dH)
-        del da
+        dy_fp8 = kernels.quantize(dy, recipe.scales)                    # naive 3, flow 2: Q(dY)
+        dy_slots = permute(dy_fp8, plan, recipe)
+        da = kernels.grouped_gemm(dy_slots, w2_t, plan.tile_expert, plan.ends)
+        dh, dprob, a = swiglu_backward_to_fp8(da, h, prob, a, plan, recipe)     # naive 4: Q(dH)
+        del da                          # This memory serves what comes.
         if wants_dx:
             dx = kernels.grouped_gemm(dh, w1_t, plan.tile_expert, plan.ends)
             dx = unpermute(dx, plan, recipe)
-        if wants_dw1 or wants_dw2:
-            dy = column_wise(dy, plan, recipe)                          # naive 5 6: DQ(dY) Q'(dY)
-            a = column_wise(a, plan, recipe)                            # naive 7 8: DQ(A) Q'(A)
-            dw2 = kernels.grouped_wgrad(dy, a, plan.ends, ctx.wgrad_dtype)
-            dh = column_wise(dh, plan, recipe)                          # naive 9 10: DQ(dH) Q'(dH)
+        if wants_dw2:
+            dy_columns = column_wise(dy_slots, plan, recipe)            # naive 5 6: DQ(dY) Q'(dY)
+            a_columns = column_wise(a, plan, recipe)                    # naive 7 8: DQ(A) Q'(A)
+            dw2 = kernels.grouped_wgrad(dy_columns, a_columns, plan.ends, ctx.wgrad_dtype)
+            del dy_slots, dy_columns, a, a_columns
+        if wants_dw1:
+            dh_columns = column_wise(dh, plan, recipe)                  # naive 9 10: DQ(dH) Q'(dH)
             rows = plan.token if keeps_x_unpermuted(recipe) else None
-            x = column_wise(x, plan, recipe, rows)                      # naive 11 12: DQ(X) Q'(X)
-            dw1 = kernels.grouped_wgrad(dh, x, plan.ends, ctx.wgrad_dtype)
-        return dx, dprob[plan.slot], dw1, dw2, None, None, None     # none for the last three
+            x_columns = column_wise(x, plan, recipe, rows)              # naive 11 12: DQ(X) Q'(X)
+            dw1 = kernels.grouped_wgrad(dh_columns, x_columns, plan.ends, ctx.wgrad_dtype)
+        return dx, dprob[plan.slot], dw1, dw2, None, None       # none for the plan and the recipe
+
+
+def qtensors(tensors, policy: str) -> list[QTensor]:
+    """[data, scale, data, scale, ...], as save_for_backward takes them, -> QTensors."""
+    return [QTensor(data, scale, policy) for data, scale in zip(tensors[::2], tensors[1::2])]
 
 
 def wgrad_dtype(master: torch.dtype) -> torch.dtype:
@@ -428,49 +382,82 @@ class BF16Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    @without_autocast
-    def forward(ctx, x, probs, w1, w2, operands, plan, recipe):
-        prob = spread(probs, plan)
-        x = permute(x, plan, recipe)
-        h = torch_grouped_mm(x, operands.w1.mT, plan.ends)
-        a = kernels.swiglu(h, prob, plan.tile_expert)
-        y = torch_grouped_mm(a, operands.w2.mT, plan.ends)
+    def forward(ctx, x, top_k_weights, w1, w2, plan, recipe):
+        w1 = w1.bfloat16()
+        w2 = w2.bfloat16()
+        prob = spread(top_k_weights, plan)
+        x_slots = permute(x, plan, recipe)
+        h = torch_grouped_mm(x_slots, w1.mT, plan.ends)
+        a = kernels.swiglu(h, prob, None, plan.tile_expert)
+        y = torch_grouped_mm(a, w2.mT, plan.ends)
         y = unpermute(y, plan, recipe)
-        ctx.save_for_backward(x, h, a, prob, operands.w1, operands.w2)
-        ctx.plan = plan
+        ctx.save_for_backward(*plan.tensors(), x_slots, h, a, prob, w1, w2)
         ctx.recipe = recipe
         return y
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @plain_backward
     def backward(ctx, dy):
-        plan = ctx.plan
         recipe = ctx.recipe
-        x, h, a, prob, w1_bf16, w2_bf16 = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        plan = Plan(*saved[:5])
+        x_slots, h, a, prob, w1, w2 = saved[5:]
         wants_dx, _, wants_dw1, wants_dw2, *_ = ctx.needs_input_grad
         dx = dw1 = dw2 = None
 
-        dy = permute(dy, plan, recipe)
-        da = torch_grouped_mm(dy, w2_bf16, plan.ends)
-        dh, dprob = kernels.swiglu_backward(da, h, prob, plan.tile_expert)
+        dy_slots = permute(dy, plan, recipe)
+        da = torch_grouped_mm(dy_slots, w2, plan.ends)
+        dh, dprob, _ = kernels.swiglu_backward(da, h, prob, None, plan.tile_expert)
         if wants_dx:
-            dx = torch_grouped_mm(dh, w1_bf16, plan.ends)
+            dx = torch_grouped_mm(dh, w1, plan.ends)
             dx = unpermute(dx, plan, recipe)
-        if wants_dw1 or wants_dw2:
-            dw2 = torch_grouped_mm(dy.t(), a, plan.ends)
-            dw1 = torch_grouped_mm(dh.t(), x, plan.ends)
-        return dx, dprob[plan.slot], dw1, dw2, None, None, None
+        if wants_dw2:
+            dw2 = torch_grouped_mm(dy_slots.t(), a, plan.ends)
+        if wants_dw1:
+            dw1 = torch_grouped_mm(dh.t(), x_slots, plan.ends)
+        return dx, dprob[plan.slot], dw1, dw2, None, None
 
 
-FUNCTION = {"fp8": FP8Experts, "bf16": BF16Experts}          # by a recipe's precision
+# ---- the layer, as a function and as a module: strangers enter here ------------------------------
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# ---- the layer for other people's models ---------------------------------------------------------
+def check_layer(x, top_k_index, top_k_weights, w1, w2) -> None:
+    """Raises ValueError. Reads no values: nothing waits for a GPU."""
+    tensors = {"x": x, "top_k_index": top_k_index, "top_k_weights": top_k_weights, "w1": w1,
+               "w2": w2}
+    for name, tensor in tensors.items():
+        require(isinstance(tensor, Tensor), f"{name} must be a tensor", type(tensor))
+        require(has_memory(tensor), f"{name} must be a plain tensor, with memory of its own (of a "
+                "DTensor give to_local())", type(tensor))
+        require(tensor.device == x.device, f"{name} must be on the device of x, {x.device}: move "
+                "it", tensor.device)
+        require(name == "top_k_index" or tensor.dtype in FLOATS,
+                f"{name} must be float32, bfloat16 or float16: convert it", tensor.dtype)
+    require(w2.ndim == 3 and len(w2) > 0 and are_widths(*w2.shape[1:]),
+            "w2 must be [E, D, F], D and F multiples of 128: pad it", w2.shape)
+    E, D, F = w2.shape
+    require(w1.shape == (E, 2 * F, D), "w1 must be [E, 2F, D] where w2 is [E, D, F]", w1.shape,
+            w2.shape)
+    require(x.ndim > 0 and x.shape[-1] == D, "x must be [..., D] where w2 is [E, D, F]", x.shape,
+            w2.shape)
+    require(top_k_index.ndim == x.ndim and top_k_index.shape[:-1] == x.shape[:-1]
+            and top_k_index.shape[-1] > 0,
+            "top_k_index must be [..., k] where x is [..., D], k at least 1", top_k_index.shape,
+            x.shape)
+    require(top_k_weights.shape == top_k_index.shape,
+            "top_k_weights must have the shape of top_k_index", top_k_weights.shape,
+            top_k_index.shape)
+
+
+def are_widths(*widths: int) -> bool:
+    return all(width > 0 and width % BLOCK == 0 for width in widths)
+
 
 @torch.compiler.disable                 # What is compiled around the experts ends here.
 def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w1: Tensor, w2: Tensor,
-            recipe: "str | Recipe" = "flow", *, operands: Operands | None = None) -> Tensor:
+            recipe: "str | Recipe" = "flow") -> Tensor:
     """The expert layer as a function: for each token, the sum over its k choices e of
     top_k_weights * W2[e] (silu(gate) * up), with (gate, up) = W1[e] x.
 
@@ -480,55 +467,49 @@ def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w1: Tensor, w
     w1             [E, 2F, D] fp32, bf16 or fp16: gate, then up (Hugging Face's gate_up_proj)
     w2             [E, D, F] (Hugging Face's down_proj)
     recipe         a name, a spec or a Recipe
-    operands       cast_weights(w1, w2, recipe), to share one cast among several calls; left out,
-                   the weights are cast in this one
 
-    Returns x's shape and dtype. Gradients of x and of the weights are computed only where wanted
-    (those of both weights, if of either). Autocast outside changes no bit inside. D and F are
-    multiples of 128.
-    Raises ValueError, without a sync, for anything else; values out of range are seen on a CPU.
+    Returns x's shape and dtype. D and F are multiples of 128. The weights are cast in every call,
+    so they are never stale. Only gradients that somebody wants are computed, and autocast outside
+    changes no bit inside, forward or backward. Zero tokens give zeros and zero gradients.
+    Raises ValueError, without a sync, for anything else (an index out of range: see make_plan),
+    and RuntimeError for a second derivative.
     """
     recipe = parse_spec(recipe)
-    check("w2", w2, FLOATS, ANY, BY_128, BY_128)
-    E, D, F = w2.shape
-    check("w1", w1, FLOATS, E, 2 * F, D, like=w2)
-    if operands is None:
-        operands = cast_weights(w1, w2, recipe)
-    elif not isinstance(operands, Operands) or operands.recipe != recipe:
-        raise ValueError("operands were cast for another recipe: give cast_weights(w1, w2, recipe)")
-    elif operands.w1.data.shape != w1.shape or operands.w2.data.shape != w2.shape:
-        raise ValueError("operands were cast from weights of other shapes: give "
-                         "cast_weights(w1, w2, recipe)")
-    check("x", x, FLOATS, ..., D, like=w2)
-    check("top_k_index", top_k_index, (torch.int32, torch.int64), *x.shape[:-1], ANY, like=w2)
-    check("top_k_weights", top_k_weights, FLOATS, *top_k_index.shape, like=w2)
+    check_layer(x, top_k_index, top_k_weights, w1, w2)
     if x.numel() == 0:
-        # Nobody came. The result hangs on all inputs, so that each gets a gradient of zeros.
+        # The result hangs on all inputs, so that each gets a gradient of zeros.
         nothing = top_k_weights.sum() + w1[0, 0, 0] + w2[0, 0, 0]
         return x + 0 * nothing.to(x.dtype)
-    plan = make_plan(top_k_index, E)
-    tokens = x.reshape(-1, D).bfloat16()
-    probs = top_k_weights.reshape(plan.slot.shape).float()
-    y = FUNCTION[recipe.precision].apply(tokens, probs, w1, w2, operands, plan, recipe)
+    E, D, F = w2.shape
+    function = FP8Experts if recipe.precision == "fp8" else BF16Experts
+    with torch.autocast(x.device.type, enabled=False):
+        plan = make_plan(top_k_index, E)
+        tokens = x.reshape(-1, D).bfloat16()
+        weights = top_k_weights.reshape(plan.slot.shape).float()
+        y = function.apply(tokens, weights, w1, w2, plan, recipe)
     y = y.to(x.dtype)
-    return y if y.shape == x.shape else y.view(x.shape)     # No view without need: FSDP2 warns.
+    return y if x.ndim == 2 else y.view(x.shape)        # No view without need: FSDP2 warns.
 
 
 class Experts(nn.Module):
     """E SwiGLU experts: `experts` with weights of its own, w1 [E, 2F, D] (gate, then up) and
     w2 [E, D, F].
 
-    dim D and hidden_dim F are multiples of 128; recipe is a name, a spec or a Recipe. The weights
-    are cast in every call, unless `weights_cast_once` is open. Raises ValueError.
+    dim D and hidden_dim F are multiples of 128; recipe is a name, a spec or a Recipe. Raises
+    ValueError.
     """
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int,
                  recipe: "str | Recipe" = "flow", *, device=None, dtype=None):
         super().__init__()
+        require(num_experts > 0, "num_experts must be at least 1", num_experts)
+        require(are_widths(dim, hidden_dim), "dim and hidden_dim must be multiples of 128", dim,
+                hidden_dim)
+        require(dtype is None or dtype in FLOATS, "dtype must be float32, bfloat16 or float16",
+                dtype)
         self.recipe = parse_spec(recipe)
         w1 = torch.empty(num_experts, 2 * hidden_dim, dim, device=device, dtype=dtype)
         w2 = torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype)
-        check("w2, [num_experts, dim, hidden_dim],", w2, FLOATS, ANY, BY_128, BY_128)
         self.w1 = nn.Parameter(w1)
         self.w2 = nn.Parameter(w2)
         self.reset_parameters()
@@ -541,165 +522,25 @@ class Experts(nn.Module):
         E, D, F = self.w2.shape
         return f"num_experts={E}, dim={D}, hidden_dim={F}, recipe={self.recipe}"
 
-    @torch.compiler.disable
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Shapes and dtypes as in `experts`."""
-        return experts(x, top_k_index, top_k_weights, self.w1, self.w2, self.recipe,
-                       operands=_cast_once.get(self))
-
-
-# The weights that `weights_cast_once` has cast: not in the modules, so that nothing of a module is
-# ever copied, moved or saved with them.
-_cast_once: WeakKeyDictionary = WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def weights_cast_once(model: nn.Module):
-    """`with weights_cast_once(model):` casts the weights of each Experts in the model on entering,
-    for all calls inside, and drops the copies on leaving.
-
-    For the micro-batches between two optimizer steps. Weights that change inside go unseen: no
-    optimizer step, no load, no move and no torch.func.functional_call inside. The model is on one
-    device; not with FSDP2, which gathers its weights anew for each call.
-    Raises ValueError for a model without Experts.
-    """
-    layers = [module for module in model.modules() if isinstance(module, Experts)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} holds no fp8flow.Experts: there is nothing to "
-                         "cast, call it without weights_cast_once")
-    before = {layer: _cast_once.get(layer) for layer in layers}     # where one is open already
-    try:
-        # No inference tensors: what is cast in an evaluation may serve training.
-        with torch.inference_mode(False), torch.no_grad():
-            for layer in layers:
-                _cast_once[layer] = cast_weights(layer.w1, layer.w2, layer.recipe)
-        yield
-    finally:
-        for layer, operands in before.items():
-            if operands is None:
-                _cast_once.pop(layer, None)
-            else:
-                _cast_once[layer] = operands
+        return experts(x, top_k_index, top_k_weights, self.w1, self.w2, self.recipe)
 
 
 # ---- the casts, counted as they happen -----------------------------------------------------------
 
-class Place(NamedTuple):
-    """A line of the layer, FP8Experts or BF16Experts."""
-    direction: str              # "forward" or "backward"
-    line: int                   # in this file
-    tensor: str                 # what the line makes: "X", "dH"
-    column_wise: bool           # inside the switch of that name
-
-
-def place_in_layer() -> Place | None:
-    """The line of the layer that is running now, None outside.
-
-    So the layer needs no line that says what it works on: whoever counts or traces walks up the
-    calls to the layer, and reads there what stands left of `=`.
-    """
-    inside_column_wise = False
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals is globals():        # a function of this file
-            name = frame.f_code.co_name
-            if name == "column_wise":
-                inside_column_wise = True
-            if name in ("forward", "backward"):         # the layer's: Experts.forward is above it
-                source = linecache.getline(__file__, frame.f_lineno)
-                tensor = tensor_name(source.partition("=")[0])
-                return Place(name, frame.f_lineno, tensor, inside_column_wise)
-        frame = frame.f_back
-    return None
-
-
-def tensor_name(targets: str) -> str:
-    """What an assignment makes, as the table at the top writes it: "dh, dprob, a" -> "dH"."""
-    variable = targets.split(",")[0].strip().partition("_")[0]
-    if variable.startswith("d"):
-        return "d" + variable[1:].upper()
-    return variable.upper()
-
-
-class Cast(NamedTuple):
-    """An explicit cast of an activation: one launch that only changes its precision, or finds new
-    scales in it."""
-    kind: str                   # "Q" quantizes, "DQ" dequantizes, "Q'" quantizes column-wise,
-                                # "RQ" requantizes: DQ, transpose and Q' in one
-    tensor: str                 # "X", "A", "dY" or "dH"
-    line: int                   # of the layer, in this file
-
-
 @contextlib.contextmanager
 def count_casts():
-    """`with count_casts() as casts:` a list of Cast, in the order in which they ran.
-
-    While it is open, the functions of `kernels` that cast note each call and do what they always
-    do. Weights, which are cast once for many calls, do not count.
-    """
+    """`with count_casts() as casts:` the name of each explicit cast of an activation, in order: one
+    launch that only changes its precision, or finds new scales in it."""
     casts = []
-    kinds = {"quantize": "Q", "dequantize": "DQ", "requantize": "RQ"}
-    originals = {name: getattr(kernels, name) for name in kinds}
 
-    def noting(name):
-        @functools.wraps(originals[name])
-        def call(*args, **kwargs):
-            place = place_in_layer()
-            if place is not None:
-                kind = kinds[name]
-                if kind == "Q" and place.column_wise:
-                    kind = "Q'"
-                casts.append(Cast(kind, place.tensor, place.line))
-            return originals[name](*args, **kwargs)
-        return call
+    def note(name, arguments, result):
+        if name in ("quantize", "dequantize", "requantize"):
+            casts.append(name)
 
-    for name in kinds:
-        setattr(kernels, name, noting(name))
+    kernels.hooks.append(note)
     try:
         yield casts
     finally:
-        for name in kinds:
-            setattr(kernels, name, originals[name])
-
-
-# ---- a layer to look at --------------------------------------------------------------------------
-
-def sqnr(x: Tensor, ref: Tensor) -> float:
-    """Signal to quantization-noise ratio in dB, 10 log10(|ref|^2 / |x - ref|^2): 31.5 dB is an
-    error of 2.7%."""
-    noise = (x.double() - ref).square().sum().clamp(min=1e-300)
-    return 10 * (ref.double().square().sum() / noise).log10().item()
-
-
-def random_layer(T: int, D: int, F: int, E: int, k: int, device, dtype=torch.float32):
-    """(x, probs, plan, w1, w2, dy) of a layer with random routing; all but the plan and dy want
-    gradients."""
-    torch.manual_seed(0)
-    scores, top_k_index = torch.rand(T, E, device=device).softmax(-1).topk(k, dim=-1)
-    probs = (scores / scores.sum(-1, keepdim=True)).requires_grad_()
-    x = torch.randn(T, D, device=device, dtype=torch.bfloat16).requires_grad_()
-    w1 = torch.randn(E, 2 * F, D, device=device, dtype=dtype) * D ** -0.5
-    w2 = torch.randn(E, D, F, device=device, dtype=dtype) * F ** -0.5
-    dy = torch.randn_like(x)
-    return x, probs, make_plan(top_k_index, E), w1.requires_grad_(), w2.requires_grad_(), dy
-
-
-class Layer:
-    """One recipe on given inputs: cast weights once, then call forward() or step() as often as you
-    like."""
-
-    def __init__(self, recipe: "str | Recipe", x, probs, plan, w1, w2, dy):
-        self.recipe = parse_spec(recipe)
-        self.inputs = (x, probs, w1, w2)
-        self.plan = plan
-        self.dy = dy
-        self.operands = cast_weights(w1, w2, self.recipe)
-
-    def forward(self) -> Tensor:
-        function = FUNCTION[self.recipe.precision]
-        return function.apply(*self.inputs, self.operands, self.plan, self.recipe)
-
-    def step(self) -> tuple[Tensor, ...]:
-        """(y, dx, dprobs, dw1, dw2)."""
-        y = self.forward()
-        return y.detach(), *torch.autograd.grad(y, self.inputs, self.dy)
+        kernels.hooks.remove(note)

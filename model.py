@@ -7,6 +7,7 @@ changes, inside which activations are bf16 or FP8 everywhere.
 
 Shapes: B sequences, S positions, D model width, H heads, E experts, k experts per token.
 """
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,9 +16,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 if __package__:
-    from .fp8flow import Experts, Recipe
+    from .fp8flow import Experts, Recipe, require
 else:
-    from fp8flow import Experts, Recipe
+    from fp8flow import Experts, Recipe, require
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,16 @@ class GPTConfig:
     n_experts: int
     top_k: int
     seq_len: int
-    vocab: int = 256            # bytes
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not 1 <= value < 2 ** 31:
-                raise ValueError(f"{field.name}={value} must lie between 1 and 2^31 - 1")
-        for name in ("d_model", "d_expert"):
-            value = getattr(self, name)
-            if value % 128:
-                raise ValueError(f"{name}={value} must be a multiple of 128")
-        if self.top_k > self.n_experts:
-            raise ValueError(f"top_k={self.top_k} must not exceed n_experts={self.n_experts}")
-        if self.d_model % (8 * self.n_heads):
-            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model} into "
-                             "heads of 8, 16, 24, ...")
+            require(value > 0 and math.isfinite(value), f"{field.name} must be positive", value)
+        require(self.d_model % 128 == 0, "d_model must be a multiple of 128", self.d_model)
+        require(self.d_expert % 128 == 0, "d_expert must be a multiple of 128", self.d_expert)
+        require(self.top_k <= self.n_experts, "top_k must not exceed n_experts", self.top_k)
+        require(self.d_model % (8 * self.n_heads) == 0,
+                "n_heads must divide d_model into heads of 8, 16, 24, ...", self.n_heads)
 
 
 class Linear(nn.Linear):
@@ -74,30 +69,9 @@ def rotation(S: int, width: int, device: torch.device, dtype: torch.dtype) -> tu
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: x [B, S, 2, H, d] -> the same, each pair (a, b) of elements i and d/2 + i
-    turned by its position's angle, to (a cos - b sin, b cos + a sin), so that q @ k sees distances
-    alone."""
-    half = sin.shape[-1]
-    a = x[..., :half]
-    b = x[..., half:]
-    y = x * torch.cat([cos, cos], dim=-1)
-    y[..., :half].addcmul_(b, sin, value=-1)
-    y[..., half:].addcmul_(a, sin)
-    return y
-
-
-class Rotary(torch.autograd.Function):
-    """`turn`, whose gradient is the turn back. (Autograd would find that, too, but reads and writes
-    more: a training step of the flow recipe takes 3.5% longer with it, on one H100.)"""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        cos, sin = ctx.saved_tensors
-        return turn(dy, cos, -sin), None, None
+    turned by its position's angle, so that q @ k sees distances alone."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class Attention(nn.Module):
@@ -113,7 +87,7 @@ class Attention(nn.Module):
         """x [B, S, D], angles: what `rotation` returns, in x's dtype -> [B, S, D]."""
         qk = rearrange(self.qk(x), "b s (two h d) -> b s two h d", two=2, h=self.n_heads)
         qk = F.rms_norm(qk, qk.shape[-1:])  # Normalised, no logit of attention can run away.
-        q, k = Rotary.apply(qk, *angles).unbind(2)
+        q, k = turn(qk, *angles).unbind(2)
         q = rearrange(q, "b s h d -> b h s d")
         k = rearrange(k, "b s h d -> b h s d")
         v = rearrange(self.v(x), "b s (h d) -> b h s d", h=self.n_heads)
@@ -131,14 +105,13 @@ class Router(nn.Linear):
 
 
 class MoE(nn.Module):
-    """Router and experts. `load` [E] is each expert's share of the last batch."""
+    """Router and experts."""
 
     def __init__(self, config: GPTConfig, recipe: Recipe):
         super().__init__()
         self.top_k = config.top_k
         self.router = Router(config.d_model, config.n_experts, bias=False)
         self.experts = Experts(config.n_experts, config.d_model, config.d_expert, recipe)
-        self.load = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, S, D] -> the same, and the load-balancing loss: 1 when the load is even
@@ -153,8 +126,8 @@ class MoE(nn.Module):
         E = probs.shape[-1]
         expert = torch.arange(E, device=x.device)
         chosen = top_k_index[..., None] == expert                       # [B, S, k, E]
-        self.load = chosen.float().mean((0, 1, 2))
-        return y, E * (self.load * probs.mean((0, 1))).sum()
+        load = chosen.float().mean((0, 1, 2))                           # each expert's share
+        return y, E * (load * probs.mean((0, 1))).sum()
 
 
 class Block(nn.Module):
@@ -175,10 +148,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, recipe: Recipe):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.d_model)
+        self.embed = nn.Embedding(256, config.d_model)          # a vector for each byte
         self.blocks = nn.ModuleList(Block(config, recipe) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, eps=1e-6)
-        self.head = Linear(config.d_model, config.vocab, bias=False)
+        self.head = Linear(config.d_model, 256, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -192,12 +165,8 @@ class GPT(nn.Module):
             nn.init.normal_(block.moe.experts.w2, std=residual_std)
             nn.init.normal_(block.moe.experts.w1, std=0.02)
 
-    @property
-    def moes(self) -> list[MoE]:
-        return [block.moe for block in self.blocks]
-
     def forward(self, tokens: Tensor, targets: Tensor | None = None):
-        """tokens [B, S] int64 -> logits [B, S, vocab]; with targets, the mean cross-entropy in nats
+        """tokens [B, S] int64 -> logits [B, S, 256]; with targets, the mean cross-entropy in nats
         and the mean load-balancing loss over the layers (both fp32)."""
         x = self.embed(tokens)
         if x.is_cuda:
@@ -217,14 +186,15 @@ class GPT(nn.Module):
     def parameter_counts(self) -> tuple[int, int]:
         """(all, active for one token)."""
         total = sum(p.numel() for p in self.parameters())
-        experts = sum(moe.experts.w1.numel() + moe.experts.w2.numel() for moe in self.moes)
+        experts = sum(w.numel() for block in self.blocks for w in block.moe.experts.parameters())
         active_experts = experts * self.config.top_k // self.config.n_experts
         return total, total - experts + active_experts
 
     @torch.no_grad()
     def generate(self, prompt: bytes, n: int, seed: int = 0, temperature: float = 0.8) -> bytes:
-        """Continue `prompt` by n sampled bytes. Runs the whole window each step: simple, and short
-        enough here."""
+        """Continues `prompt`, at least one byte, by n sampled bytes. Runs the whole window for each
+        of them: simple, and short enough here."""
+        require(len(prompt) > 0, "prompt is what the model continues: give a byte or more", prompt)
         S = self.config.seq_len
         device = self.embed.weight.device
         rng = torch.Generator().manual_seed(seed)

@@ -1,11 +1,13 @@
-"""Times on one GPU: every kernel, and the expert layer in every recipe.
+"""Times on one GPU: every kernel, and the expert layer as a user calls it.
 
-    python -m tools.bench kernels [NAME ...]    quantize, permute, transpose, swiglu, gemm
-    python -m tools.bench layer [SPEC ...]      bf16, naive, flow and the steps between them
+    python -m tools.bench kernels           each beside what it replaces and what the machine can do
+    python -m tools.bench layer [SPEC ...]  `experts`, forward and backward, plan and weight casts
+                                            inside: bf16, naive, flow and the steps between them
 
-What is compared is timed in turns, with the L2 cache flushed before each turn, so that all of it
-sees the same clock and reads its inputs from memory. The layer is also timed back to back: one
-recipe for a while, so that the power limit shows, and what fits into L2 stays there.
+Both take --csv FILE. All of it runs as CUDA graphs, since Python launches more slowly than some of
+the kernels run. What is compared is timed in turns, with the L2 cache flushed before each turn, so
+that all of it sees the same clock and reads its inputs from memory. The layer is also timed back to
+back: one recipe for a while, so that the power limit shows, and what fits into L2 stays there.
 """
 import argparse
 import contextlib
@@ -15,7 +17,6 @@ import itertools
 import math
 import statistics
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import triton
@@ -24,12 +25,12 @@ from torch.nn.functional import grouped_mm
 
 import fp8flow
 import kernels
+from fp8flow import LADDER
 from kernels import BLOCK, FP8
-from train import LADDER
 
 
 def say(text: str) -> None:
-    """A line, at once: whoever waits for minutes sees how far it has come."""
+    """A line, at once: a reader who waits for minutes sees how far it has come."""
     print(text, flush=True)
 
 
@@ -46,140 +47,34 @@ class Size(NamedTuple):
         return ", ".join(f"{name} {length}" for name, length in self._asdict().items())
 
 
-LAYERS = (
-    Size(T=16384, D=2048, F=2048, E=8, k=2),
-    Size(T=32768, D=2048, F=1024, E=32, k=4),
-    Size(T=16384, D=4096, F=2048, E=16, k=4),
-)
-PAPER = (
-    Size(T=4096, D=1280, F=1024, E=64, k=7),
-    Size(T=4096, D=2048, F=1408, E=64, k=6),
-    Size(T=4096, D=5120, F=1536, E=160, k=6),
-    Size(T=4096, D=7168, F=2048, E=256, k=8),
-)
-# The layer of train.py's preset h100. Its master weights are fp32, and so are their gradients.
-TRAINING = (
-    Size(T=16384, D=2048, F=2048, E=16, k=4),
-)
-# Mixtral's experts: the widest SwiGLU that is in use. For the kernels alone.
-WIDE = (
-    Size(T=8192, D=4096, F=14336, E=8, k=2),
-)
+LAYERS = {
+    "layer 1": Size(T=16384, D=2048, F=2048, E=8, k=2),
+    "layer 2": Size(T=32768, D=2048, F=1024, E=32, k=4),
+    "layer 3": Size(T=16384, D=4096, F=2048, E=16, k=4),
+}
+PAPER = {
+    "paper 1": Size(T=4096, D=1280, F=1024, E=64, k=7),
+    "paper 2": Size(T=4096, D=2048, F=1408, E=64, k=6),
+    "paper 3": Size(T=4096, D=5120, F=1536, E=160, k=6),
+    "paper 4": Size(T=4096, D=7168, F=2048, E=256, k=8),
+}
+# Of train.py's preset h100, whose master weights and their gradients are fp32; one micro-batch of a
+# model that many fine-tune; and the widest SwiGLU that is in use, for the kernels alone.
+TRAINING = Size(T=32768, D=2048, F=2048, E=16, k=4)
+QWEN3 = Size(T=16384, D=2048, F=768, E=128, k=8)
+MIXTRAL = Size(T=8192, D=4096, F=14336, E=8, k=2)
 
 
-def name_of(size: Size) -> str:
-    for name, sizes in (("layer", LAYERS), ("paper", PAPER), ("training", TRAINING),
-                        ("wide", WIDE)):
-        if size in sizes:
-            return f"{name} {sizes.index(size) + 1}"
-    raise ValueError(f"{size} is none of the sizes above")
+# ---- a layer and its inputs ----------------------------------------------------------------------
 
+class Inputs(NamedTuple):
+    x: Tensor                   # [T, D] bf16
+    top_k_index: Tensor         # [T, k]
+    top_k_weights: Tensor       # [T, k] fp32
+    w1: Tensor                  # [E, 2F, D]
+    w2: Tensor                  # [E, D, F]
+    dy: Tensor                  # [T, D] bf16
 
-# ---- the clock -----------------------------------------------------------------------------------
-
-KINDS = {"GEMM": ("gemm", "cutlass", "Gemm"), "transpose": ("transpose", "requantize"),
-         "SwiGLU": ("swiglu",),
-         "cast": ("quantize",), "permute": ("gather_rows", "sum_rows")}    # parts of kernels' names
-SHARES = (*KINDS, "other")
-
-
-class Machine:
-    """The GPU, and all that can be asked of nothing else."""
-    device = "cuda"
-    back_to_back_ms = 800       # for so long a recipe runs alone
-
-    def __init__(self):
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")   # larger than L2
-        self.memory = torch.cuda.get_device_properties("cuda").total_memory
-
-    def in_turns(self, functions: list, rounds: int) -> list[float]:
-        """Median ms of each function. All of it is queued before anything is waited for, and L2 is
-        flushed before each call. Three more rounds, which do not count, warm up."""
-        turns = []              # of each round, and in it of each function: begin and end
-        for _ in range(rounds + 3):
-            turns.append([])
-            for function in functions:
-                begin = torch.cuda.Event(enable_timing=True)
-                end = torch.cuda.Event(enable_timing=True)
-                self.flush.zero_()
-                begin.record()
-                function()
-                end.record()
-                turns[-1].append((begin, end))
-        torch.cuda.synchronize()
-        medians = []
-        for turns_of_one in zip(*turns[3:]):
-            times = [begin.elapsed_time(end) for begin, end in turns_of_one]
-            medians.append(statistics.median(times))
-        return medians
-
-    def back_to_back(self, function, expected_ms: float) -> float:
-        """Median ms of the function, called again and again. The first half does not count: the
-        chip needs a while to reach its power limit."""
-        calls = 10 + math.ceil(self.back_to_back_ms / expected_ms)
-        marks = []
-        for _ in range(calls + 1):
-            marks.append(torch.cuda.Event(enable_timing=True))
-        marks[0].record()
-        for mark in marks[1:]:
-            function()
-            mark.record()
-        torch.cuda.synchronize()
-        times = [begin.elapsed_time(end) for begin, end in itertools.pairwise(marks)]
-        return statistics.median(times[calls // 2:])
-
-    def as_graphs(self, steps: list) -> list:
-        """For each step a function that does the same without the host: Python would be slower than
-        some of the kernels. The graphs share their memory, since no two of them run at the same
-        time and nobody reads what they return."""
-        pool = torch.cuda.graph_pool_handle()
-        side = torch.cuda.Stream()
-        replays = []
-        for step in steps:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):       # Compiles, and makes the workspaces of libraries.
-                step()
-                step()
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                step()
-            replays.append(graph.replay)
-        return replays
-
-    def ms_by_kind(self, step, steps: int = 4) -> dict[str, float]:
-        """GPU time of one step by kind of kernel, from the profiler."""
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profiler:
-            for _ in range(steps):
-                step()
-            torch.cuda.synchronize()
-        shares = dict.fromkeys(SHARES, 0.0)
-        for event in profiler.key_averages():
-            shares[kind_of(event.key)] += event.self_device_time_total / 1e3 / steps
-        return shares
-
-    def megabytes_held(self, forward) -> float:
-        """What a forward pass leaves in memory for its backward, besides its inputs and output."""
-        before = torch.cuda.memory_allocated()
-        y = forward()
-        return (torch.cuda.memory_allocated() - before - y.nbytes) / 1e6
-
-    def free(self) -> None:
-        """Gives back what nobody holds any more, so that the next size finds it in one piece."""
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def kind_of(kernel: str) -> str:
-    for kind, parts in KINDS.items():
-        if any(part in kernel for part in parts):
-            return kind
-    return "other"
-
-
-# ---- routing -------------------------------------------------------------------------------------
 
 def route(size: Size, routing: str, device: str) -> Tensor:
     """top_k_index [T, k].
@@ -201,420 +96,426 @@ def route(size: Size, routing: str, device: str) -> Tensor:
     return scores.topk(size.k, dim=-1).indices
 
 
+def random_inputs(size: Size, device: str, dtype=torch.float32, routing="random") -> Inputs:
+    """dtype: of the master weights. All but the index and dy want gradients."""
+    T, D, F, E, k = size
+    torch.manual_seed(0)
+    x = torch.randn(T, D, device=device, dtype=torch.bfloat16)
+    weights = torch.rand(T, k, device=device)
+    weights /= weights.sum(-1, keepdim=True)
+    w1 = torch.randn(E, 2 * F, D, device=device, dtype=dtype) * D ** -0.5
+    w2 = torch.randn(E, D, F, device=device, dtype=dtype) * F ** -0.5
+    dy = torch.randn_like(x)
+    return Inputs(x.requires_grad_(), route(size, routing, device), weights.requires_grad_(),
+                  w1.requires_grad_(), w2.requires_grad_(), dy)
+
+
+class Layer:
+    """`experts` with one recipe on given inputs: call forward() or step() as often as you like.
+    Frozen, the weights learn nothing, as where LoRA trains other weights."""
+
+    def __init__(self, spec: str, inputs: Inputs, is_frozen: bool = False):
+        self.spec = spec
+        self.inputs = inputs
+        if is_frozen:
+            self.inputs = inputs._replace(w1=inputs.w1.detach(), w2=inputs.w2.detach())
+
+    def forward(self) -> Tensor:
+        return fp8flow.experts(*self.inputs[:5], self.spec)
+
+    def step(self) -> tuple[Tensor, ...]:
+        """y, and the gradients of what wants one: dx, dprobs, dw1, dw2."""
+        y = self.forward()
+        wanted = [tensor for tensor in self.inputs if tensor.requires_grad]
+        return y.detach(), *torch.autograd.grad(y, wanted, self.inputs.dy)
+
+
+def sqnr(x: Tensor, ref: Tensor) -> float:
+    """Signal to quantization-noise ratio in dB, 10 log10(|ref|^2 / |x - ref|^2): 31.5 dB is an
+    error of 2.7%. Where nothing differs it is infinite."""
+    noise = (x.double() - ref).square().sum().item()
+    signal = ref.double().square().sum().item()
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+# ---- the clock -----------------------------------------------------------------------------------
+
+KINDS = {                       # parts of kernels' names; the first that fits
+    "weights": ("quantize_weight",), "GEMM": ("gemm", "wgrad", "grouped_mm", "cutlass", "Gemm"),
+    "transpose": ("transpose", "requantize"), "SwiGLU": ("swiglu",), "cast": ("quantize",),
+    "permute": ("gather_rows", "sum_rows")}
+SHARES = (*KINDS, "other")
+ROUNDS = 100
+BACK_TO_BACK_MS = 800           # for so long a recipe runs alone
+
+
+def as_graphs(steps: list) -> list:
+    """For each step a function that does the same without the host. The graphs share their memory,
+    since no two of them run at the same time and what they return is not read."""
+    pool = torch.cuda.graph_pool_handle()
+    side = torch.cuda.Stream()
+    replays = []
+    for step in steps:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):           # Compiles, and makes the workspaces of libraries.
+            step()
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+        replays.append(graph.replay)
+    return replays
+
+
+def in_turns(functions: list, rounds: int) -> list[float]:
+    """Median ms of each function. All of it is queued before anything is waited for, and L2 is
+    flushed before each call. Three more rounds, which do not count, warm up."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")        # larger than L2
+    turns = [[] for _ in functions]             # of each function: begin and end, round by round
+    for _ in range(rounds + 3):
+        for function, mine in zip(functions, turns):
+            begin = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            flush.zero_()
+            begin.record()
+            function()
+            end.record()
+            mine.append((begin, end))
+    torch.cuda.synchronize()
+    medians = []
+    for mine in turns:
+        medians.append(statistics.median(begin.elapsed_time(end) for begin, end in mine[3:]))
+    return medians
+
+
+def back_to_back(function, expected_ms: float) -> float:
+    """Median ms of the function, called again and again. The first half does not count: the chip
+    needs a while to reach its power limit."""
+    calls = 10 + math.ceil(BACK_TO_BACK_MS / expected_ms)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        function()
+        mark.record()
+    torch.cuda.synchronize()
+    times = [begin.elapsed_time(end) for begin, end in itertools.pairwise(marks)]
+    return statistics.median(times[calls // 2:])
+
+
+def kind_of(kernel: str) -> str:
+    for kind, parts in KINDS.items():
+        if any(part in kernel for part in parts):
+            return kind
+    return "other"
+
+
+def ms_by_kind(step, steps: int = 4) -> dict[str, float]:
+    """GPU time of one step by kind of kernel, from the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    shares = dict.fromkeys(SHARES, 0.0)
+    for event in profiler.key_averages():
+        shares[kind_of(event.key)] += event.self_device_time_total / 1e3 / steps
+    return shares
+
+
+def megabytes_held(forward) -> float:
+    """What a forward pass leaves in memory for its backward, besides its inputs and output."""
+    before = torch.cuda.memory_allocated()
+    y = forward()
+    return (torch.cuda.memory_allocated() - before - y.nbytes) / 1e6
+
+
+def free() -> None:
+    """Gives back what nothing holds any more, so that the next size finds it in one piece."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 # ---- bench kernels -------------------------------------------------------------------------------
 
-class Bench:
-    """Prints a line a kernel: us, GB/s or TFLOPS, the share of the ceiling that was measured in the
-    same run, and the speed-up over what does the same otherwise."""
-    rounds = 100
-
-    def __init__(self, machine: Machine, repeat: int, write):
-        self.machine = machine
-        self.repeat = repeat
-        self.write = write                      # takes a row of the csv file
-        self.ceiling = {}
-
-    def measure_ceilings(self) -> None:
-        x = torch.empty(1 << 30, dtype=torch.uint8, device=self.machine.device)
-        y = torch.empty_like(x)
-        a = torch.randn(8192, 8192, device=self.machine.device, dtype=torch.bfloat16)
-        q = a.to(FP8)
-        one = torch.ones((), device=self.machine.device)
-
-        def copy():
-            y.copy_(x)
-
-        def bf16():
-            a @ a
-
-        def fp8():
-            torch._scaled_mm(q, q.t(), one, one, out_dtype=a.dtype, use_fast_accum=False)
-
-        copy_ms, bf16_ms, fp8_ms = self.machine.in_turns([copy, bf16, fp8], self.rounds)
-        operations = 2 * 8192 ** 3
-        self.ceiling["GB/s"] = 2 * x.nbytes / copy_ms / 1e6
-        self.ceiling["TFLOPS"] = operations / fp8_ms / 1e9
-        say(f"ceilings: copy {self.ceiling['GB/s']:.0f} GB/s; 8192^3 in FP8 "
-            f"{self.ceiling['TFLOPS']:.0f} TFLOPS (torch._scaled_mm, one scale, fast accumulation "
-            f"off), in bf16 {operations / bf16_ms / 1e9:.0f} TFLOPS")
-
-    def start(self, size: Size) -> None:
-        self.size = size
-        say(f"\n{name_of(size)}: {size}")
-
-    def line(self, name: str, function, work: int, unit: str = "GB/s", over: str = "",
-             baseline=None) -> None:
-        """work: bytes that must move (GB/s) or operations (TFLOPS). The function and the baseline
-        take turns; `over` is the baseline's name."""
-        functions = [function]
-        if baseline is not None:
-            functions.append(baseline)
-        for run in range(1, self.repeat + 1):
-            ms, *others = self.machine.in_turns(functions, self.rounds)
-            rate = work / ms / (1e6 if unit == "GB/s" else 1e9)
-            share = rate / self.ceiling[unit]
-            text = f"  {name:32} {1e3 * ms:9.1f} us {rate:7.0f} {unit:6} "
-            text += f"{share:5.2f} of the ceiling"
-            speedup = ""
-            if others:
-                speedup = f"{others[0] / ms:.3f}"
-                text += f"   {others[0] / ms:5.2f}x {over}"
-            say(text)
-            self.write({
-                "size": name_of(self.size), **self.size._asdict(), "kernel": name.strip(),
-                "run": run, "us": f"{1e3 * ms:.2f}", "rate": f"{rate:.5g}", "unit": unit,
-                "of_ceiling": f"{share:.3f}", "speedup": speedup, "over": over})
+class Case(NamedTuple):
+    name: str
+    function: object
+    work: int                   # bytes that must move, or operations
+    unit: str = "GB/s"          # or "TFLOPS"
+    over: str = ""              # what the baseline is
+    baseline: object = None
 
 
-KERNEL_COLUMNS = ["size", *Size._fields, "kernel", "run", "us", "rate", "unit", "of_ceiling",
-                  "speedup", "over"]
+def quantize_cases(size: Size):
+    x = torch.randn(size.T, size.D, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(min(size.E, 8), 2 * size.F, size.D, device="cuda")
+    yield Case("quantize", lambda: kernels.quantize(x), 3 * x.numel())
+    yield Case("quantize_weight", lambda: kernels.quantize_weight(w), 6 * w.numel())
 
 
-def balanced_plan(size: Size, device: str) -> fp8flow.Plan:
+def balanced_plan(size: Size) -> fp8flow.Plan:
     """A plan without its unused tiles, of which the kernels here would have nothing to do."""
-    plan = fp8flow.make_plan(route(size, "balanced", device), size.E)
+    plan = fp8flow.make_plan(route(size, "balanced", "cuda"), size.E)
     used = int(plan.ends[-1])
-    unpadded = plan.unpadded._replace(row_of_slot=plan.unpadded.row_of_slot[:used])
-    return plan._replace(token=plan.token[:used], pair=plan.pair[:used],
-                         tile_expert=plan.tile_expert[:used // BLOCK], unpadded=unpadded)
+    return fp8flow.Plan(plan.slot, plan.token[:used], plan.pair[:used],
+                        plan.tile_expert[:used // BLOCK], plan.ends)
 
 
-def bench_quantize(bench: Bench, size: Size) -> None:
-    x = torch.randn(size.T, size.D, device=bench.machine.device, dtype=torch.bfloat16)
-    w = torch.randn(min(size.E, 8), 2 * size.F, size.D, device=bench.machine.device)
-    bench.line("quantize", lambda: kernels.quantize(x), 3 * x.numel())
-    bench.line("quantize_weight", lambda: kernels.quantize_weight(w), 6 * w.numel())
-
-
-def bench_permute(bench: Bench, size: Size) -> None:
-    plan = balanced_plan(size, bench.machine.device)
-    unpadded = plan.unpadded
-    x = torch.randn(size.T, size.D, device=bench.machine.device, dtype=torch.bfloat16)
-    elements = (size.T + len(plan.token)) * size.D
-    bench_one_permute(bench, "permute+pad FP8", kernels.quantize(x), plan, elements)
-    bench_one_permute(bench, "permute+pad bf16", x, plan, 2 * elements)
-
+def permute_cases(size: Size):
+    plan = balanced_plan(size)
+    rows = plan.rows
+    index = route(size, "random", "cuda")
+    x = torch.randn(size.T, size.D, device="cuda", dtype=torch.bfloat16)
     y = kernels.gather_rows(x, plan.token)
+    elements = (size.T + len(plan.token)) * size.D
 
-    def unfused():
-        return kernels.sum_rows(kernels.gather_rows(y, unpadded.slot), unpadded.row_of_pair)
+    def unfused(x):
+        return kernels.gather_rows(kernels.gather_rows(x, rows.token), rows.row_of_slot)
 
-    bench.line("unpermute+unpad bf16", lambda: kernels.sum_rows(y, plan.slot),
-               2 * (size.T * size.k + size.T) * size.D, over="unfused", baseline=unfused)
+    q = kernels.quantize(x)
+    yield Case("plan", lambda: fp8flow.make_plan(index, size.E), 8 * (2 * index.numel() + len(y)))
+    yield Case("permute+pad FP8", lambda: kernels.gather_rows(q, plan.token), elements,
+               over="unfused", baseline=lambda: unfused(q))
+    yield Case("permute+pad bf16", lambda: kernels.gather_rows(x, plan.token), 2 * elements,
+               over="unfused", baseline=lambda: unfused(x))
+    yield Case("unpermute+unpad bf16", lambda: kernels.sum_rows(y, plan.slot),
+               2 * (size.T * size.k + size.T) * size.D, over="unfused",
+               baseline=lambda: kernels.sum_rows(kernels.gather_rows(y, rows.slot),
+                                                 rows.row_of_pair))
 
 
-def bench_one_permute(bench: Bench, name: str, x, plan: fp8flow.Plan, work: int) -> None:
-    def unfused():
-        rows = kernels.gather_rows(x, plan.unpadded.token)
-        return kernels.gather_rows(rows, plan.unpadded.row_of_slot)
-
-    bench.line(name, lambda: kernels.gather_rows(x, plan.token), work,
-               over="unfused", baseline=unfused)
-
-
-def bench_transpose(bench: Bench, size: Size) -> None:
-    rows = balanced_plan(size, bench.machine.device).token
-    x = torch.randn(size.T, size.D, device=bench.machine.device, dtype=torch.bfloat16)
+def transpose_cases(size: Size):
+    rows = balanced_plan(size).token
+    x = torch.randn(size.T, size.D, device="cuda", dtype=torch.bfloat16)
     q = kernels.quantize(x)
     permuted = kernels.gather_rows(q, rows)
+    work = 2 * len(rows) * size.D
 
     def three_launches():
         wide = kernels.dequantize(permuted, torch.bfloat16)
         return kernels.quantize(kernels.transpose(wide))
 
-    def requantizing():
-        return kernels.requantize(permuted)
-
     def apart():
         return kernels.scaling_aware_transpose(kernels.gather_rows(q, rows))
 
-    bench.line("scaling-aware transpose", lambda: kernels.scaling_aware_transpose(permuted),
-               2 * len(rows) * size.D, over="three launches", baseline=three_launches)
-    bench.line("requantizing transpose", requantizing, 2 * len(rows) * size.D,
+    yield Case("scaling-aware transpose", lambda: kernels.scaling_aware_transpose(permuted), work,
                over="three launches", baseline=three_launches)
-    bench.line("  with the permute inside", lambda: kernels.scaling_aware_transpose(q, rows),
+    yield Case("requantizing transpose", lambda: kernels.requantize(permuted), work,
+               over="three launches", baseline=three_launches)
+    yield Case("with the permute inside", lambda: kernels.scaling_aware_transpose(q, rows),
                (size.T + len(rows)) * size.D, over="apart", baseline=apart)
 
 
-def bench_swiglu(bench: Bench, size: Size) -> None:
-    M = len(balanced_plan(size, bench.machine.device).token)
-    h = torch.randn(M, 2 * size.F, device=bench.machine.device, dtype=torch.bfloat16)
-    da = torch.randn(M, size.F, device=bench.machine.device, dtype=torch.bfloat16)
-    prob = torch.rand(M, device=bench.machine.device)
+def swiglu_cases(size: Size):
+    M = len(balanced_plan(size).token)
+    F = size.F
+    h = torch.randn(M, 2 * F, device="cuda", dtype=torch.bfloat16)
+    da = torch.randn(M, F, device="cuda", dtype=torch.bfloat16)
+    prob = torch.rand(M, device="cuda")
 
     def forward_unfused():
         return kernels.quantize(kernels.swiglu(h, prob))
 
     def backward_unfused():                     # which has kept A
-        dh, _ = kernels.swiglu_backward(da, h, prob)
+        dh, _, _ = kernels.swiglu_backward(da, h, prob)
         return kernels.quantize(dh)
 
-    bench.line("SwiGLU+quantize", lambda: kernels.swiglu_quantize(h, prob), 5 * M * size.F,
+    yield Case("SwiGLU+quantize", lambda: kernels.swiglu(h, prob, "pow2"), 5 * M * F,
                over="unfused", baseline=forward_unfused)
-    bench.line("SwiGLU backward+quantize, A again",
-               lambda: kernels.swiglu_backward_quantize(da, h, prob), 9 * M * size.F,
+    yield Case("SwiGLU backward+quantize, A again",
+               lambda: kernels.swiglu_backward(da, h, prob, "pow2"), 9 * M * F,
                over="unfused", baseline=backward_unfused)
 
 
-def bench_gemm(bench: Bench, size: Size) -> None:
-    bench_one_gemm(bench, "fc1", size, 2 * size.F, size.D)
-    bench.machine.free()                        # the weights of fc1
-    bench_one_gemm(bench, "fc2", size, size.D, size.F)
+def gemm_cases(size: Size):
+    yield from one_gemm("fc1", size, 2 * size.F, size.D)
+    free()                                      # the weights of fc1
+    yield from one_gemm("fc2", size, size.D, size.F)
 
 
-def bench_one_gemm(bench: Bench, name: str, size: Size, N: int, K: int) -> None:
+def one_gemm(name: str, size: Size, N: int, K: int):
     """fprop and dgrad read W and W^T; wgrad reads both operands transposed."""
-    device = bench.machine.device
-    plan = balanced_plan(size, device)
+    plan = balanced_plan(size)
+    tiles = plan.tile_expert
     ends = plan.ends
     M = len(plan.token)
-    x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
-    dy = torch.randn(M, N, device=device, dtype=torch.bfloat16)
-    w = torch.randn(size.E, N, K, device=device, dtype=torch.bfloat16)
+    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(size.E, N, K, device="cuda", dtype=torch.bfloat16)
     w *= K ** -0.5
-    w_fp8, w_fp8_t = kernels.quantize_weight(w)
+    w_fp8, w_t = kernels.quantize_weight(w)
     x_fp8 = kernels.quantize(x)
     dy_fp8 = kernels.quantize(dy)
     x_direct = kernels.scaling_aware_transpose(x_fp8)
     dy_direct = kernels.scaling_aware_transpose(dy_fp8)
     x_again = kernels.quantize(kernels.transpose(x))
     dy_again = kernels.quantize(kernels.transpose(dy))
+    out = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
+    bf16 = torch.bfloat16
 
-    def fprop():
-        return kernels.grouped_gemm(x_fp8, w_fp8, plan.tile_expert, ends)
-
-    def loop():                                 # which the Hopper kernel replaces otherwise
-        with mock.patch.object(kernels, "use_hopper_gemm", return_value=False):
-            return fprop()
-
-    def dgrad():
-        return kernels.grouped_gemm(dy_fp8, w_fp8_t, plan.tile_expert, ends)
-
-    def wgrad_bf16():
-        return kernels.grouped_wgrad(dy_direct, x_direct, ends, torch.bfloat16)
-
-    def wgrad_fp32():
-        return kernels.grouped_wgrad(dy_direct, x_direct, ends)
-
-    def wgrad_again():
-        return kernels.grouped_wgrad(dy_again, x_again, ends, torch.bfloat16)
-
-    def torch_fprop():
+    def fprop_bf16():
         return grouped_mm(x, w.mT, offs=ends)
 
-    def torch_dgrad():
+    def dgrad_bf16():
         return grouped_mm(dy, w, offs=ends)
 
-    def torch_wgrad():
+    def wgrad_bf16():
         return grouped_mm(dy.t(), x, offs=ends)
 
-    operations = 2 * size.T * size.k * N * K    # those for padding are no use to anybody
-    for label, fp8, bf16 in (
-            ("fprop", fprop, torch_fprop),
-            ("fprop by the loop", loop, torch_fprop),
-            ("dgrad", dgrad, torch_dgrad),
-            ("wgrad to bf16", wgrad_bf16, torch_wgrad),
-            ("wgrad to fp32", wgrad_fp32, torch_wgrad),
-            ("wgrad to bf16, requantized", wgrad_again, torch_wgrad)):
-        bench.line(f"{name} {label}", fp8, operations, "TFLOPS", over="bf16", baseline=bf16)
+    work = 2 * size.T * size.k * N * K          # The products of padding are of no use.
+    for label, function, baseline in (
+            ("fprop", lambda: kernels.grouped_gemm(x_fp8, w_fp8, tiles, ends), fprop_bf16),
+            ("fprop by the loop", lambda: kernels.launch_gemm_loop(x_fp8, w_fp8, out, tiles),
+             fprop_bf16),
+            ("dgrad", lambda: kernels.grouped_gemm(dy_fp8, w_t, tiles, ends), dgrad_bf16),
+            ("wgrad to bf16", lambda: kernels.grouped_wgrad(dy_direct, x_direct, ends, bf16),
+             wgrad_bf16),
+            ("wgrad to fp32", lambda: kernels.grouped_wgrad(dy_direct, x_direct, ends), wgrad_bf16),
+            ("wgrad to bf16, requantized",
+             lambda: kernels.grouped_wgrad(dy_again, x_again, ends, bf16), wgrad_bf16)):
+        yield Case(f"{name} {label}", function, work, "TFLOPS", "bf16", baseline)
 
 
-BENCHES = {"quantize": bench_quantize, "permute": bench_permute, "transpose": bench_transpose,
-           "swiglu": bench_swiglu, "gemm": bench_gemm}
+def measure_ceilings() -> dict[str, float]:
+    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    q = a.to(FP8)
+    one = torch.ones((), device="cuda")
+    steps = [
+        lambda: y.copy_(x), lambda: a @ a,
+        lambda: torch._scaled_mm(q, q.t(), one, one, out_dtype=a.dtype, use_fast_accum=False)]
+    copy_ms, bf16_ms, fp8_ms = in_turns(as_graphs(steps), ROUNDS)
+    operations = 2 * 8192 ** 3
+    ceilings = {"GB/s": 2 * x.nbytes / copy_ms / 1e6, "TFLOPS": operations / fp8_ms / 1e9}
+    say(f"ceilings: copy {ceilings['GB/s']:.0f} GB/s; 8192^3 in FP8 {ceilings['TFLOPS']:.0f} TFLOPS"
+        f" (torch._scaled_mm, one scale, fast accumulation off), in bf16 "
+        f"{operations / bf16_ms / 1e9:.0f} TFLOPS")
+    return ceilings
 
 
-def bench_kernels(bench: Bench, names: list[str]) -> None:
-    bench.measure_ceilings()
-    for size in (*LAYERS, *PAPER, *WIDE):
-        bench.start(size)
-        for name in names:
-            BENCHES[name](bench, size)
-            bench.machine.free()
+KERNEL_COLUMNS = ["size", *Size._fields, "kernel", "us", "rate", "unit", "of_ceiling", "speedup",
+                  "over"]
+GROUPS = (quantize_cases, permute_cases, transpose_cases, swiglu_cases, gemm_cases)
+
+
+def bench_kernels(write) -> None:
+    """A line a kernel: us, GB/s or TFLOPS, the share of the ceiling that was measured in the same
+    run, and the speed-up over what does the same otherwise."""
+    ceilings = measure_ceilings()
+    free()
+    for name, size in {**LAYERS, **PAPER, "Mixtral": MIXTRAL}.items():
+        say(f"\n{name}: {size}")
+        for cases in GROUPS:
+            for case in cases(size):
+                functions = [case.function] + ([case.baseline] if case.baseline else [])
+                ms, *others = in_turns(as_graphs(functions), ROUNDS)
+                rate = case.work / ms / (1e6 if case.unit == "GB/s" else 1e9)
+                share = rate / ceilings[case.unit]
+                speedup = f"{others[0] / ms:.3f}" if others else ""
+                text = f"  {case.name:34}{1e3 * ms:9.1f} us {rate:7.0f} {case.unit:6} {share:5.2f}" \
+                       " of the ceiling"
+                say(text + (f"   {others[0] / ms:5.2f}x {case.over}" if others else ""))
+                write({"size": name, **size._asdict(), "kernel": case.name, "us": f"{1e3 * ms:.2f}",
+                       "rate": f"{rate:.5g}", "unit": case.unit, "of_ceiling": f"{share:.3f}",
+                       "speedup": speedup, "over": case.over})
+            free()
 
 
 # ---- bench layer ---------------------------------------------------------------------------------
 
-SPECS = tuple(dict.fromkeys([*LADDER, "flow,transpose=fused", "flow,swiglu=unfused"]))
+FAIR_NAIVE = "naive,transpose=requantize,permute=fused"
+SPECS = list(dict.fromkeys([*LADDER, FAIR_NAIVE, "flow,transpose=requantize",
+                            "flow,swiglu=unfused"]))
+CASES = (       # sizes, routing, dtype of the masters, frozen, and whether all specs are measured
+    (LAYERS, "random", torch.bfloat16, False, True),
+    (LAYERS, "skewed", torch.bfloat16, False, False),
+    (LAYERS, "random", torch.bfloat16, True, False),
+    ({"training": TRAINING}, "random", torch.float32, False, True),
+    ({"Qwen3-30B-A3B": QWEN3}, "random", torch.bfloat16, False, False),
+    (PAPER, "random", torch.bfloat16, False, False),
+)
 RESULTS = ("y", "dx", "dprobs", "dw1", "dw2")           # of Layer.step()
-LAYER_COLUMNS = ["size", *Size._fields, "routing", "weights", "spec", "method", "ms", "speedup",
-                 "held_mb", *(f"sqnr_{name}" for name in RESULTS),
-                 *(f"ms_{kind}" for kind in SHARES)]
+LAYER_COLUMNS = ["size", *Size._fields, "routing", "weights", "spec", "ms", "speedup",
+                 "back_to_back_ms", "back_to_back_speedup", "held_mb",
+                 *(f"sqnr_{name}" for name in RESULTS), *(f"ms_{kind}" for kind in SHARES)]
 LAYER_ROUNDS = 30
-SAMPLE = 1 << 28                # of larger gradients, copies in fp64 would not fit
-FOR_WEIGHTS = 0.8               # of the memory; the rest is for activations
+SAMPLE = 1 << 26                # of larger gradients, copies in fp64 would not fit
 
 
-class CastingLayer:
-    """A layer that casts its weights in every call."""
-
-    def __init__(self, spec: str, *inputs):
-        self.spec = spec
-        self.inputs = inputs
-
-    def forward(self) -> Tensor:
-        return fp8flow.Layer(self.spec, *self.inputs).forward()
-
-    def step(self) -> tuple[Tensor, ...]:
-        return fp8flow.Layer(self.spec, *self.inputs).step()
-
-
-class FrozenLayer:
-    """A layer whose weights learn nothing, as where LoRA trains other weights: gradients for x and
-    the router's probabilities only."""
-
-    def __init__(self, spec: str, x, probs, plan, w1, w2, dy):
-        self.layer = fp8flow.Layer(spec, x, probs, plan, w1.detach(), w2.detach(), dy)
-
-    def forward(self) -> Tensor:
-        return self.layer.forward()
-
-    def step(self) -> tuple[Tensor, ...]:
-        y = self.forward()
-        wanted = self.layer.inputs[:2]
-        return y.detach(), *torch.autograd.grad(y, wanted, self.layer.dy)
-
-
-LAYER_CLASSES = {"cast before": fp8flow.Layer, "cast within": CastingLayer,
-                 "frozen": FrozenLayer, "fp32, cast before": fp8flow.Layer}
-
-
-class Setting(NamedTuple):
-    """What is compared in turns."""
-    routing: str
-    weights: str                # one of LAYER_CLASSES
-    specs: list[str]
-
-
-def settings_of(size: Size, specs: list[str], quick: bool) -> list[Setting]:
-    """All specs with random routing; the rest is for the recipes alone, to end in minutes."""
-    recipes = [spec for spec in specs if spec in fp8flow.RECIPES]
-    if size in PAPER:
-        return [Setting("random", "cast before", recipes)]
-    if size in TRAINING:
-        return [Setting("random", "fp32, cast before", specs)]
-    settings = [Setting("random", "cast before", specs)]
-    if not quick:
-        settings.append(Setting("balanced", "cast before", recipes))
-        settings.append(Setting("skewed", "cast before", recipes))
-        settings.append(Setting("random", "cast within", recipes))
-        settings.append(Setting("random", "frozen", recipes))
-    return settings
-
-
-def bytes_of_weights(size: Size, specs: list[str]) -> int:
-    """Weights and gradients in bf16 (in TRAINING they are fp32, and fit), and for each FP8 recipe
-    its copies W and W^T."""
-    weights = 3 * size.E * size.D * size.F
-    in_fp8 = [spec for spec in specs if fp8flow.parse_spec(spec).precision == "fp8"]
-    return weights * (2 + 2 + 2 * len(in_fp8))
-
-
-def quality(results: tuple, reference: tuple) -> dict[str, float]:
+def decibels(results: tuple, reference: tuple) -> dict[str, float]:
     """dB of each result against bf16's; of a very large one, evenly spaced elements."""
-    decibels = {}
+    found = {}
     for name, got, want in zip(RESULTS, results, reference):
         stride = math.ceil(got.numel() / SAMPLE)
-        decibels[name] = fp8flow.sqnr(got.flatten()[::stride], want.flatten()[::stride])
-    return decibels
+        found[f"sqnr_{name}"] = sqnr(got.flatten()[::stride], want.flatten()[::stride])
+    return found
 
 
-class Measurement(NamedTuple):
-    """Of one spec. Its speed-ups are those over bf16 in the same setting."""
-    spec: str
-    in_turns: float             # ms
-    back_to_back: float         # ms, nan where it was not asked for
-    held_mb: float
-    decibels: dict[str, float]
-    ms_by_kind: dict[str, float]
+def measure(inputs: Inputs, specs: list[str], is_frozen: bool) -> list[dict]:
+    """A row for each spec, bf16 first: all speed-ups are over it."""
+    layers = [Layer(spec, inputs, is_frozen) for spec in specs]
+    reference = layers[0].step()
+    rows = []
+    for layer in layers:
+        rows.append({"spec": layer.spec, **decibels(layer.step(), reference),
+                     "held_mb": megabytes_held(layer.forward)})
+        rows[-1] |= {f"ms_{kind}": ms for kind, ms in ms_by_kind(layer.step).items()}
+    del reference
+    free()
+    graphs = as_graphs([layer.step for layer in layers])
+    for row, graph, ms in zip(rows, graphs, in_turns(graphs, LAYER_ROUNDS)):
+        row |= {"ms": ms, "back_to_back_ms": back_to_back(graph, ms)}
+        row["speedup"] = rows[0]["ms"] / ms
+        row["back_to_back_speedup"] = rows[0]["back_to_back_ms"] / row["back_to_back_ms"]
+    return rows
 
 
-def measure(machine: Machine, setting: Setting, inputs: tuple, quick: bool) -> list[Measurement]:
-    layers = []
-    for spec in setting.specs:
-        layers.append(LAYER_CLASSES[setting.weights](spec, *inputs))
-    reference = fp8flow.Layer("bf16", *inputs).step()
-    decibels = [quality(layer.step(), reference) for layer in layers]
-    del reference                               # Its gradients may be as large as the weights.
-    held = [machine.megabytes_held(layer.forward) for layer in layers]
-    by_kind = [machine.ms_by_kind(layer.step) for layer in layers]
-    machine.free()
-    graphs = machine.as_graphs([layer.step for layer in layers])
-    in_turns = machine.in_turns(graphs, LAYER_ROUNDS)
-    back_to_back = [math.nan] * len(graphs)
-    if not quick:
-        back_to_back = []
-        for graph, ms in zip(graphs, in_turns):
-            back_to_back.append(machine.back_to_back(graph, ms))
-    columns = zip(setting.specs, in_turns, back_to_back, held, decibels, by_kind)
-    return [Measurement(*values) for values in columns]
-
-
-def print_layer(setting: Setting, measured: list[Measurement]) -> None:
+def print_layer(rows: list[dict]) -> None:
     """Two tables, so that neither is wider than a terminal."""
     width = max(len(spec) for spec in SPECS)
-    base = measured[0]
-    say(f"  {setting.routing} routing, weights {setting.weights}")
     say(f"    {'':{width}}{'in turns':>18}{'back to back':>18}{'held':>9}  SQNR against bf16, dB")
     say(f"    {'':{width}}{'ms':>10}{'x bf16':>8}{'ms':>10}{'x bf16':>8}{'MB':>9}"
         + "".join(f"{name:>7}" for name in RESULTS))
-    for one in measured:
-        line = f"    {one.spec:{width}}{one.in_turns:10.3f}{base.in_turns / one.in_turns:8.3f}"
-        if math.isnan(one.back_to_back):
-            line += " " * 18
-        else:
-            line += f"{one.back_to_back:10.3f}{base.back_to_back / one.back_to_back:8.3f}"
-        line += f"{one.held_mb:9.1f}"
-        if one.spec != "bf16":
-            line += "".join(f"{decibels:7.1f}" for decibels in one.decibels.values())
+    for row in rows:
+        line = f"    {row['spec']:{width}}{row['ms']:10.3f}{row['speedup']:8.3f}" \
+               f"{row['back_to_back_ms']:10.3f}{row['back_to_back_speedup']:8.3f}" \
+               f"{row['held_mb']:9.1f}"
+        if row is not rows[0]:
+            line += "".join(f"{row[f'sqnr_{name}']:7.1f}" for name in RESULTS
+                            if f"sqnr_{name}" in row)
         say(line)
     say(f"    {'ms by kind of kernel':{width}}" + "".join(f"{kind:>10}" for kind in SHARES))
-    for one in measured:
-        line = f"    {one.spec:{width}}"
-        say(line + "".join(f"{ms:10.3f}" for ms in one.ms_by_kind.values()))
+    for row in rows:
+        say(f"    {row['spec']:{width}}" + "".join(f"{row[f'ms_{kind}']:10.3f}" for kind in SHARES))
 
 
-def write_layer(write, size: Size, setting: Setting, measured: list[Measurement]) -> None:
-    """A row for each time that was measured."""
-    base = measured[0]
-    for one in measured:
-        row = {"size": name_of(size), **size._asdict(), "routing": setting.routing,
-               "weights": setting.weights, "spec": one.spec, "held_mb": f"{one.held_mb:.2f}"}
-        for name, decibels in one.decibels.items():
-            row[f"sqnr_{name}"] = "" if one.spec == "bf16" else f"{decibels:.2f}"
-        for kind, ms in one.ms_by_kind.items():
-            row[f"ms_{kind}"] = f"{ms:.4f}"
-        write({**row, "method": "in turns", "ms": f"{one.in_turns:.4f}",
-               "speedup": f"{base.in_turns / one.in_turns:.4f}"})
-        if not math.isnan(one.back_to_back):
-            write({**row, "method": "back to back", "ms": f"{one.back_to_back:.4f}",
-                   "speedup": f"{base.back_to_back / one.back_to_back:.4f}"})
-
-
-def bench_layer(machine: Machine, specs: list[str], quick: bool, write) -> None:
-    say("the layer, forward and backward, as CUDA graphs: median ms in turns, L2 flushed before "
-        "each, and\nback to back, each recipe alone; bf16 masters, so that bf16 has nothing to "
-        "cast (training: fp32); held:\nwhat forward keeps for backward besides its inputs")
-    specs = list(dict.fromkeys(["bf16", *specs]))       # bf16 comes first: the others refer to it
-    for size in LAYERS if quick else (*LAYERS, *TRAINING, *PAPER):
-        say(f"\n{name_of(size)}: {size}")
-        settings = settings_of(size, specs, quick)
-        needed = bytes_of_weights(size, settings[0].specs)
-        if needed > FOR_WEIGHTS * machine.memory:
-            say(f"  not measured: weights, gradients and FP8 copies take {needed / 1e9:.0f} GB, "
-                f"the GPU has {machine.memory / 1e9:.0f}")
-            continue
-        measure_size(machine, size, settings, quick, write)
-        machine.free()
-
-
-def measure_size(machine: Machine, size: Size, settings: list[Setting], quick: bool, write) -> None:
-    dtype = torch.float32 if size in TRAINING else torch.bfloat16
-    x, probs, _, w1, w2, dy = fp8flow.random_layer(*size, machine.device, dtype)
-    for setting in settings:
-        plan = fp8flow.make_plan(route(size, setting.routing, machine.device), size.E)
-        measured = measure(machine, setting, (x, probs, plan, w1, w2, dy), quick)
-        print_layer(setting, measured)
-        write_layer(write, size, setting, measured)
+def bench_layer(specs: list[str], write) -> None:
+    say("experts, forward and backward, plan and weight casts inside, as CUDA graphs: median ms in "
+        "turns,\nL2 flushed before each, and back to back, each recipe alone; held: what forward "
+        "keeps for backward\nbesides its inputs and output")
+    for sizes, routing, dtype, is_frozen, has_all in CASES:
+        for name, size in sizes.items():
+            recipes = [spec for spec in specs if has_all or spec in (*fp8flow.RECIPES, FAIR_NAIVE)]
+            weights = f"{str(dtype).removeprefix('torch.')}{', frozen' if is_frozen else ''}"
+            say(f"\n{name}: {size}; {routing} routing, weights {weights}")
+            try:
+                inputs = random_inputs(size, "cuda", dtype, routing)
+                rows = measure(inputs, list(dict.fromkeys(["bf16", *recipes])), is_frozen)
+            except torch.OutOfMemoryError:
+                say("  not measured: the GPU's memory does not suffice")
+                rows = []
+            if rows:
+                print_layer(rows)
+            for row in rows:
+                numbers = {key: f"{value:.4f}" for key, value in row.items() if key != "spec"}
+                write({"size": name, **size._asdict(), "routing": routing, "weights": weights,
+                       "spec": row["spec"], **numbers})
+            inputs = rows = None
+            free()
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -637,63 +538,32 @@ def rows_into(path: str | None, columns: list[str]):
         yield write
 
 
-def make_parser() -> argparse.ArgumentParser:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kernels | layer")
-    of_kernels = commands.add_parser("kernels", allow_abbrev=False)
-    of_kernels.add_argument("names", nargs="*", metavar="NAME",
-                            help=f"some of {', '.join(BENCHES)} (default: all)")
-    of_kernels.add_argument("--repeat", type=int, default=1, metavar="N",
-                            help="measure every line N times")
-    of_layer = commands.add_parser("layer", allow_abbrev=False)
-    of_layer.add_argument("specs", nargs="*", metavar="SPEC",
-                          help=f"recipes and switches (default: {' '.join(SPECS)})")
-    of_layer.add_argument("--quick", action="store_true",
-                          help="the first three sizes, random routing, in turns")
-    for command in (of_kernels, of_layer):
-        command.add_argument("--csv", metavar="FILE", help="write the measurements there")
-    return parser
-
-
-def check_arguments(args) -> None:
-    """Raises ValueError, with a sentence."""
-    if args.command == "kernels":
-        for name in args.names:
-            kernels.check_choice("NAME", name, BENCHES)
-        if args.repeat < 1:
-            raise ValueError(f"--repeat {args.repeat}: give 1 or more")
-    else:
-        for spec in args.specs:
-            try:
-                fp8flow.parse_spec(spec)
-            except ValueError as error:
-                raise ValueError(f"SPEC {spec}: {error}")
-    if not torch.cuda.is_available() or not kernels.use_kernels(torch.empty(0, device="cuda")):
-        raise ValueError("there is no GPU of compute capability 8.9 or later here: timings need "
-                         "one")
-
-
-def main(argv=None) -> None:
-    parser = make_parser()
+    parser.add_argument("what", choices=("kernels", "layer"))
+    parser.add_argument("specs", nargs="*", metavar="SPEC",
+                        help=f"for layer: recipes and switches (default: {' '.join(SPECS)})")
+    parser.add_argument("--csv", metavar="FILE", help="write the measurements there")
     args = parser.parse_args(argv)
-    columns = KERNEL_COLUMNS if args.command == "kernels" else LAYER_COLUMNS
-    with contextlib.ExitStack() as stack:
-        try:
-            check_arguments(args)
-            write = stack.enter_context(rows_into(args.csv, columns))
-        except ValueError as error:
-            parser.error(str(error))
-        except OSError as error:
-            parser.error(f"--csv {args.csv!r} cannot be written ({error.strerror}): name another "
-                         "file")
-        say(f"torch {torch.__version__}, triton {triton.__version__}, "
-            f"{torch.cuda.get_device_name()}")
-        if args.command == "kernels":
-            bench_kernels(Bench(Machine(), args.repeat, write), args.names or list(BENCHES))
-        else:
-            bench_layer(Machine(), args.specs or SPECS, args.quick, write)
+    try:
+        for spec in args.specs:
+            fp8flow.parse_spec(spec)
+        fp8flow.require(not (args.specs and args.what == "kernels"), "kernels takes no SPEC")
+        has_fp8 = torch.cuda.is_available() and kernels.use_kernels(torch.device("cuda:0"))
+        fp8flow.require(has_fp8, "there is no GPU of compute capability 8.9 or later here: timings "
+                        "need one")
+        rows = rows_into(args.csv, KERNEL_COLUMNS if args.what == "kernels" else LAYER_COLUMNS)
+        with rows as write:
+            say(f"torch {torch.__version__}, triton {triton.__version__}, "
+                f"{torch.cuda.get_device_name()}")
+            if args.what == "kernels":
+                bench_kernels(write)
+            else:
+                bench_layer(args.specs or SPECS, write)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m tools.draw NAME [NAME ...]        writes assets/NAME.png
 
     dataflow    every launch of naive and of flow, as tools.trace records them
-    bytes       how many bytes these launches move (takes 40 seconds and 5 GB of memory)
+    bytes       how many bytes these launches move (takes a minute or two without a GPU)
     layer       the times in assets/layer.csv, which a GPU has written:
                 python -m tools.bench layer --csv assets/layer.csv
 
@@ -12,7 +12,6 @@
 import argparse
 import csv
 from pathlib import Path
-from unittest import mock
 
 import matplotlib
 import torch
@@ -20,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-import kernels
 from fp8flow import RECIPES
 from kernels import FP8
 from tools.bench import LAYER_COLUMNS, LAYERS, SHARES, Size, kind_of
@@ -33,7 +31,7 @@ GRAY = "#646a73"                # bf16, and the rest
 INK = "#222222"
 PALE = "#d0d3d8"
 BAND = "#eef0f3"
-COLORS = {"GEMM": "#8a8f98", "transpose": "#d9902f", "SwiGLU": "#8b6bb1", "cast": RED,
+COLORS = {"weights": "#b7a35a", "GEMM": "#8a8f98", "transpose": "#d9902f", "SwiGLU": "#8b6bb1", "cast": RED,
           "permute": "#4f9463", "other": PALE}
 
 # Pictures are 900 pixels wide, 9 inches of 100 dots. So 12 points are 17 pixels; README's text has
@@ -85,20 +83,29 @@ ROW = 26                        # pixels for a launch
 TOP = 62                        # above the first
 
 
+def writes_fp8(launch: Launch) -> bool:
+    """At the end of other work."""
+    return launch.op.startswith("swiglu") and launch.writes[0].dtype == FP8
+
+
 def color_of(launch: Launch) -> str:
     if launch.cast:
         return RED
-    if launch.op.endswith("_quantize"):
-        return BLUE
-    return GRAY
+    return BLUE if writes_fp8(launch) else GRAY
+
+
+def launches_of_activations(spec: str) -> list[Launch]:
+    """The plan and the casts of weights are no part of the picture."""
+    launches = launches_of(spec, Size(T=64, D=128, F=128, E=4, k=2), "cpu")
+    return [launch for launch in launches if launch.place and launch.op != "quantize_weight"]
 
 
 def draw_launches(axes, left: int, width: int, name: str) -> None:
     """Two rails, 16 bits or more on the left, FP8 on the right. A launch goes from what it reads to
     what it writes."""
-    launches = launches_of(name, Size(T=64, D=128, F=128, E=4, k=2), "cpu")
+    launches = launches_of_activations(name)
     for direction in ("forward", "backward"):
-        rows = [y for y, launch in enumerate(launches) if launch.direction == direction]
+        rows = [y for y, launch in enumerate(launches) if launch.place.direction == direction]
         top = TOP + ROW * rows[0]
         height = ROW * len(rows)
         box(axes, left, top + 2, width, height - 4, BAND)
@@ -116,13 +123,13 @@ def draw_launches(axes, left: int, width: int, name: str) -> None:
         look = {"color": color_of(launch), "ha": "left"}
         arrow(axes, (begin, top + 3), (end, top + ROW - 3), color_of(launch))
         write(axes, left + 231, middle, launch.op, **look)
-        label = launch.tensor
-        if launch.op == "swiglu_backward_quantize":
+        label = launch.place.tensor
+        if launch.op == "swiglu_backward" and writes_fp8(launch):
             label = "dH, A"             # A launch is named after the first tensor that it writes.
         if launch.cast:
             casts += 1
             look["weight"] = "bold"
-            label = f"{launch.cast}({launch.tensor})"
+            label = f"{launch.cast}({launch.place.tensor})"
             write(axes, left + 147, middle, casts, **{**look, "ha": "right"})
         write(axes, left + 155, middle, label, **look)
     title = f"{name}: {len(launches)} launches, {casts} casts"
@@ -156,33 +163,15 @@ def draw_bars(axes, names: list[str], rows: list[list[float]], height: float) ->
                        handlelength=1.2, columnspacing=1.5)
 
 
-def kind_of_launch(launch: Launch) -> str:
-    if launch.cast:
-        return "cast"
-    if launch.op == "grouped_wgrad":
-        return "GEMM"
-    return kind_of(launch.op)
-
-
 def megabytes_of(spec: str, size: Size) -> list[float]:
-    """What the launches of each kind in SHARES move. Shapes alone decide that, and on a CPU most of
-    the time would go into products, so zeros stand for their results."""
-
-    def gemm(a, b, tile_expert):
-        return torch.zeros(len(a.data), b.data.shape[1], dtype=torch.bfloat16)
-
-    def wgrad(a, b, ends, dtype):
-        return torch.zeros(len(ends), len(a.data), len(b.data), dtype=dtype)
-
-    with mock.patch.multiple(kernels, grouped_gemm_ref=gemm, grouped_wgrad_ref=wgrad):
-        launches = launches_of(spec, size, "cpu")
+    """What the launches of each kind in SHARES move."""
     moved = dict.fromkeys(SHARES, 0.0)
-    for launch in launches:
-        moved[kind_of_launch(launch)] += launch.bytes() / 1e6
+    for launch in launches_of(spec, size, "cuda" if torch.cuda.is_available() else "cpu"):
+        moved["cast" if launch.cast else kind_of(launch.op)] += launch.bytes() / 1e6
     return list(moved.values())
 
 
-def draw_bytes(folder: Path, size: Size = LAYERS[0]) -> Path:
+def draw_bytes(folder: Path, size: Size = LAYERS["layer 1"]) -> Path:
     names = ["naive", "flow"]
     rows = [megabytes_of(name, size) for name in names]
     figure = figure_of(290, layout="constrained")
@@ -204,15 +193,15 @@ def draw_bytes(folder: Path, size: Size = LAYERS[0]) -> Path:
 
 
 def read_layer(path: Path) -> list[dict]:
-    """The rows that are drawn: bf16, naive and flow at the first size, random routing, weights cast
-    before, in turns. Raises ValueError where there are none."""
+    """The rows that are drawn: bf16, naive and flow at the first size, random routing, in turns.
+    Raises ValueError where there are none."""
     remedy = "write it on a GPU with: python -m tools.bench layer --csv assets/layer.csv"
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise ValueError(f"layer: {path} cannot be read ({error.strerror}): {remedy}")
-    drawn = {"size": "layer 1", "routing": "random", "weights": "cast before", "method": "in turns"}
+    drawn = {"size": "layer 1", "routing": "random", "weights": "bfloat16"}
     chosen = []
     for row in rows:
         is_drawn = all(row.get(column) == value for column, value in drawn.items())

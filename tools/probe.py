@@ -2,8 +2,8 @@
 
     python -m tools.probe [N] [--preset P] [--steps S] [--out FILE]
 
-Trains flow as train.py does. Every N steps one more micro-batch runs, whose gradients are dropped,
-and X, A, dY and dH of each layer are looked at: their largest magnitude; the widest spread of row
+Trains flow as train.py does, each step called. Every N steps one more batch runs, whose gradients
+are dropped, and X, A, dY and dH of each layer are looked at: their largest magnitude; the widest spread of row
 scales in a 128x128 tile, in binades; the share of elements that the direct transpose turns to zero;
 and the signal to noise ratio of the row-wise tensor, which is rounded once, and of what the direct
 and the requantizing transpose make of it. The same ratios for dW1 = dH^T X and dW2 = dY^T A, whose
@@ -11,6 +11,7 @@ products are exact here, say what this does to the weights' gradients.
 """
 import argparse
 import csv
+import dataclasses
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ import train
 from fp8flow import Plan
 from kernels import BLOCK, SCALE_MIN
 from model import GPT
+from tools.bench import sqnr
 
 SEED = 0
 FLOW = fp8flow.parse_spec("flow")
@@ -44,9 +46,9 @@ def four_tensors(experts: fp8flow.Experts, x: Tensor, probs: Tensor, plan: Plan,
     x = fp8flow.permute(x, plan, FLOW)
     dy = fp8flow.permute(dy, plan, FLOW)
     h = fp8flow.torch_grouped_mm(x, w1.mT, plan.ends)
-    a = kernels.swiglu(h, prob, plan.tile_expert)
+    a = kernels.swiglu(h, prob, None, plan.tile_expert)
     da = fp8flow.torch_grouped_mm(dy, w2, plan.ends)
-    dh, _ = kernels.swiglu_backward(da, h, prob, plan.tile_expert)
+    dh, _, _ = kernels.swiglu_backward(da, h, prob, None, plan.tile_expert)
     is_live = plan.pair[:, None] >= 0
     tensors = {"X": x, "A": a, "dY": dy, "dH": dh}
     return {name: torch.where(is_live, tensor, 0) for name, tensor in tensors.items()}
@@ -96,7 +98,7 @@ def look_at(q: Quantized, plan: Plan) -> dict[str, float]:
         "underflow": (vanished.sum() / nonzero).item(),
     }
     for way, y in ways.items():
-        found[way] = fp8flow.sqnr(y, t)
+        found[way] = sqnr(y, t)
     return found
 
 
@@ -106,13 +108,21 @@ def look_at_gradient(dy: Quantized, x: Quantized, plan: Plan) -> dict[str, float
     found = {"amax": exact.abs().max().item()}
     for way in WAYS:
         dw = fp8flow.torch_grouped_mm(dy.ways[way].t(), x.ways[way], plan.ends)
-        found[way] = fp8flow.sqnr(dw, exact)
+        found[way] = sqnr(dw, exact)
     return found
 
 
+def losses_of(model: GPT, window: Tensor) -> Tensor:
+    """[loss, balance] of a batch, whose gradients it leaves."""
+    loss, balance = model(window[:, :-1], window[:, 1:])
+    (loss + train.BALANCE * balance).backward()
+    return torch.stack([loss, balance]).detach()
+
+
 def probe(model: GPT, window: Tensor, step: int) -> list[dict]:
-    """One forward and backward on a micro-batch. For each layer a row for each of the four tensors
-    and of the two gradients."""
+    """One forward and backward on a batch. For each layer a row for each of the four tensors and of
+    the two gradients."""
+    moes = [block.moe for block in model.blocks]
     seen = {}                   # the Experts -> its inputs, and the gradient of its output
 
     def look(experts, inputs, y):
@@ -120,13 +130,13 @@ def probe(model: GPT, window: Tensor, step: int) -> list[dict]:
             seen[experts] = (*inputs, dy)
         y.register_hook(keep)
 
-    hooks = [moe.experts.register_forward_hook(look) for moe in model.moes]
-    train.backward(model, window, 1.0)
+    hooks = [moe.experts.register_forward_hook(look) for moe in moes]
+    losses_of(model, window)
     model.zero_grad()
     for hook in hooks:
         hook.remove()
     rows = []
-    for layer, moe in enumerate(model.moes):
+    for layer, moe in enumerate(moes):
         x, top_k_index, top_k_weights, dy = seen[moe.experts]
         plan = fp8flow.make_plan(top_k_index, len(moe.experts.w1))
         tokens = x.detach().flatten(0, -2).bfloat16()
@@ -151,22 +161,25 @@ def print_rows(rows: list[dict]) -> None:
               f"dB: {noise}", flush=True)
 
 
-def run(preset: train.Preset, every: int, path: Path, device: str) -> None:
-    text = train.read_data(None, preset.seq_len).train.to(device)
-    torch.manual_seed(SEED)
-    model = GPT(preset, FLOW).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1,
-                                  fused=True)
+def run(preset: train.Preset, every: int, path: Path, device: torch.device) -> None:
+    text, _ = train.read_text(None)
+    text = torch.frombuffer(text, dtype=torch.uint8).to(device)
+    settings = {"recipe": "flow", "seed": SEED, "compile": False}
+    model, optimizer = train.make_model(train.Run(path.parent, preset, settings, None), device)
     with open(path, "w", newline="") as file:
         log = csv.DictWriter(file, COLUMNS)
         log.writeheader()
         for step in range(1, preset.steps + 1):
-            windows = train.draw_windows(text, SEED, step, preset)
-            lr = train.learning_rate(step - 1, preset)
-            loss, *_ = train.train_step(model, optimizer, windows, lr)
+            for group in optimizer.param_groups:
+                group["lr"] = train.learning_rate(step - 1, preset)
+            window = train.draw_windows(text, SEED, step, preset)
+            model.zero_grad()
+            loss, _ = losses_of(model, window)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), train.CLIP)
+            optimizer.step()
             if step % every == 0:
                 print(f"step {step} of {preset.steps}, loss {loss:.3f}", flush=True)
-                rows = probe(model, windows[0], step)
+                rows = probe(model, window, step)
                 print_rows(rows)
                 log.writerows(rows)
                 file.flush()
@@ -178,18 +191,19 @@ def main(argv=None) -> None:
         prog="python -m tools.probe", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("every", nargs="?", type=int, default=100, metavar="N", help="default: 100")
-    parser.add_argument("--preset", choices=train.PRESETS, help="as in train.py")
-    parser.add_argument("--steps", type=int, metavar="S", help="of the training (default: the "
-                        "preset's)")
+    for field in dataclasses.fields(train.Preset):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type,
+                            help=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=train.PRESETS, help="and the sizes, as in train.py")
     parser.add_argument("--out", default="out/probe.csv", metavar="FILE",
                         help="default: out/probe.csv")
     args = parser.parse_args(argv)
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     path = Path(args.out)
     try:
         if args.every < 1:
             raise ValueError(f"N {args.every}: give 1 or more steps between two looks")
-        preset = train.preset_of(args)
+        preset = train.choose_preset(args, device)
         if args.every > preset.steps:
             raise ValueError(f"N {args.every} is more than the {preset.steps} steps of the "
                              "training: give fewer, or more --steps")
@@ -199,7 +213,7 @@ def main(argv=None) -> None:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"--out {args.out!r} cannot be written ({error.strerror}): name another file")
-    run(preset, args.every, path, args.device)
+    run(preset, args.every, path, device)
 
 
 if __name__ == "__main__":

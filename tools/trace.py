@@ -8,27 +8,60 @@ A SPEC is a recipe (bf16, naive, flow) and the switches that differ from it: flo
 """
 import argparse
 import contextlib
-import functools
-import inspect
+import linecache
 import math
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8flow
 import kernels
 from kernels import BLOCK, FP8, QTensor
-from tools.bench import LAYERS, Size
+from tools.bench import LAYERS, Layer, Size, random_inputs, sqnr
 
-# Every function of `kernels` that is one launch. torch's grouped GEMM is recorded, too.
-WRAPPERS = ("quantize", "dequantize", "quantize_weight", "transpose", "requantize",
-            "scaling_aware_transpose",
-            "swiglu", "swiglu_quantize", "swiglu_backward", "swiglu_backward_quantize",
-            "gather_rows", "sum_rows", "grouped_gemm", "grouped_wgrad")
 ON_A_CPU = Size(T=2048, D=512, F=512, E=8, k=2)
-SHORT = {FP8: "fp8", torch.bfloat16: "bf16", torch.float32: "fp32"}
+SHORT = {FP8: "fp8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "int64",
+         torch.int32: "int32"}
+
+
+# ---- where in the layer --------------------------------------------------------------------------
+
+class Place(NamedTuple):
+    """A line of the layer, FP8Experts or BF16Experts."""
+    direction: str              # "forward" or "backward"
+    line: int                   # in fp8flow.py
+    tensor: str                 # what the line makes: "X", "dH"
+    column_wise: bool           # inside the switch of that name
+
+
+def place_in_layer() -> Place | None:
+    """The line of the layer that is running now, None outside: found by walking up the calls. What
+    it makes stands left of `=` there."""
+    inside_column_wise = False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals is vars(fp8flow):            # a function of that file
+            name = frame.f_code.co_name
+            if name == "column_wise":
+                inside_column_wise = True
+            if name in ("forward", "backward"):         # the layer's: Experts.forward is above it
+                source = linecache.getline(fp8flow.__file__, frame.f_lineno)
+                tensor = tensor_name(source.partition("=")[0])
+                return Place(name, frame.f_lineno, tensor, inside_column_wise)
+        frame = frame.f_back
+    return None
+
+
+def tensor_name(targets: str) -> str:
+    """What an assignment makes, as the table in fp8flow.py writes it: "dh, dprob, a" -> "dH"."""
+    variable = targets.split(",")[0].strip().partition("_")[0]
+    if variable.startswith("d"):
+        return "d" + variable[1:].upper()
+    return variable.upper()
 
 
 # ---- the launches, recorded as they happen -------------------------------------------------------
@@ -40,13 +73,13 @@ class Operand(NamedTuple):
 
 @dataclass
 class Launch:
-    op: str                     # the wrapper's name
-    tensor: str                 # what the layer's line makes: "X", "dH"; "" outside the layer
-    direction: str              # "forward" or "backward"; "" outside the layer
-    cast: str                   # "Q", "DQ", "Q'" or "RQ", as count_casts says; "" for no cast
+    op: str                     # the operation's name
+    place: Place | None         # the line of the layer; None outside
+    cast: str                   # "Q" quantizes, "DQ" dequantizes, "Q'" quantizes column-wise, "RQ"
+                                # requantizes: DQ, transpose and Q' in one; "" for no cast
     reads: list[Operand]
     writes: list[Operand]
-    tile_expert: Tensor | None  # the expert of each tile of slots, -1 for unused ones
+    tile_expert: Tensor | None  # the plan's: the expert of each tile of slots, -1 for unused ones
 
     def bytes(self) -> int:
         """What must move: each input and output once. Of every axis that is as long as there are
@@ -68,60 +101,67 @@ def operands_in(values) -> list[Operand]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(Operand(tuple(value.shape), value.dtype))
-        elif isinstance(value, tuple):
+        elif isinstance(value, (tuple, list)):
             found += operands_in(value)
     return found
 
 
-def recording(original, launches: list[Launch], casts: list):
-    """`original`, which from now on adds a Launch for each call. `casts` is count_casts' list: a
-    call that makes it longer was a cast."""
-    signature = inspect.signature(original)
+def cast_of(op: str, place: Place | None) -> str:
+    """Of an activation, that is. (quantize_weight is another operation.)"""
+    if op == "quantize":
+        return "Q'" if place and place.column_wise else "Q"
+    return {"dequantize": "DQ", "requantize": "RQ"}.get(op, "")
 
-    @functools.wraps(original)
-    def call(*args, **kwargs):
-        casts_before = len(casts)
-        result = original(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
-        tile_expert = given.get("tile_expert")
-        if tile_expert is None and launches:
-            # What needs no map of the tiles works on the same slots as the launch before it.
-            tile_expert = launches[-1].tile_expert
-        place = fp8flow.place_in_layer()
-        launches.append(Launch(
-            op=original.__name__,
-            tensor=place.tensor if place else "",
-            direction=place.direction if place else "",
-            cast=casts[-1].kind if len(casts) > casts_before else "",
-            reads=operands_in(given.values()),
-            writes=operands_in((result,)),
-            tile_expert=tile_expert))
+
+class TorchOperations(TorchDispatchMode):
+    """Notes the two of PyTorch that the plan needs."""
+    NAMES = ("sort", "searchsorted")
+
+    def __init__(self, note):
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in self.NAMES:
+            self.note(f"torch.{name}", args, result)
         return result
-
-    return call
 
 
 @contextlib.contextmanager
 def record_launches():
     """`with record_launches() as launches:` a list of Launch, in the order in which they ran."""
     launches = []
-    with fp8flow.count_casts() as casts:
-        originals = {name: getattr(kernels, name) for name in WRAPPERS}
-        grouped_mm = fp8flow.torch_grouped_mm
-        for name, original in originals.items():
-            setattr(kernels, name, recording(original, launches, casts))
-        fp8flow.torch_grouped_mm = recording(grouped_mm, launches, casts)
-        try:
+    plans = []                  # their tile_experts
+
+    def note(op, arguments, result):
+        place = place_in_layer()
+        if op == "plan_slots":
+            plans.append(result[3])
+        launches.append(Launch(op, place, cast_of(op, place), operands_in(arguments),
+                               operands_in([result]), plans[-1] if plans else None))
+
+    grouped_mm = fp8flow.torch_grouped_mm
+
+    def noted_grouped_mm(*arguments):
+        result = grouped_mm(*arguments)
+        note("torch_grouped_mm", arguments, result)
+        return result
+
+    kernels.hooks.append(note)
+    fp8flow.torch_grouped_mm = noted_grouped_mm         # no operation of kernels.py
+    try:
+        with TorchOperations(note):
             yield launches
-        finally:
-            for name, original in originals.items():
-                setattr(kernels, name, original)
-            fp8flow.torch_grouped_mm = grouped_mm
+    finally:
+        fp8flow.torch_grouped_mm = grouped_mm
+        kernels.hooks.remove(note)
 
 
 def launches_of(spec: str, size: Size, device: str) -> list[Launch]:
-    """Those of one forward and backward. The weights are cast before."""
-    layer = fp8flow.Layer(spec, *fp8flow.random_layer(*size, device))
+    """Those of one forward and backward, plan and weight casts inside."""
+    layer = Layer(spec, random_inputs(size, device))
     with record_launches() as launches:
         layer.step()
     return launches
@@ -130,7 +170,7 @@ def launches_of(spec: str, size: Size, device: str) -> list[Launch]:
 def print_launches(spec: str, size: Size, device: str) -> None:
     launches = launches_of(spec, size, device)
     moved = [launch.bytes() for launch in launches]
-    print(f"\n{spec}: {size}; MB: each input and output once, slots in use; weights cast before")
+    print(f"\n{spec}: {size}; MB: each input and output once, slots in use")
     print(f"  {'':3}{'cast':>6}  {'operation':26}{'tensor':8}{'direction':11}{'shape':18}"
           f"{'in -> out':14}{'MB':>9}{'share':>8}")
     casts = 0
@@ -139,9 +179,10 @@ def print_launches(spec: str, size: Size, device: str) -> None:
         if launch.cast:
             casts += 1
             count = casts
+        place = launch.place or Place("plan", 0, "", False)
         shape = " x ".join(map(str, launch.writes[0].shape))
         dtypes = f"{SHORT[launch.reads[0].dtype]} -> {SHORT[launch.writes[0].dtype]}"
-        print(f"  {number:3}{count:>6}  {launch.op:26}{launch.tensor:8}{launch.direction:11}"
+        print(f"  {number:3}{count:>6}  {launch.op:26}{place.tensor:8}{place.direction:11}"
               f"{shape:18}{dtypes:14}{size_in_bytes / 1e6:9.1f}"
               f"{100 * size_in_bytes / sum(moved):7.1f}%")
     print(f"  {len(launches):3}{casts:6}  {'launches, casts, MB in all':77}{sum(moved) / 1e6:9.1f}")
@@ -153,7 +194,7 @@ def single_switches() -> list[str]:
     """The recipes, then naive and flow with each switch flipped alone, where that has a meaning."""
     specs = list(fp8flow.RECIPES)
     for name in ("naive", "flow"):
-        for switch, values in fp8flow.CHOICES.items():
+        for switch, values in fp8flow.SWITCHES.items():
             for value in values:
                 spec = f"{name},{switch}={value}"
                 if value == getattr(fp8flow.RECIPES[name], switch):
@@ -168,11 +209,10 @@ def print_casts(device: str) -> None:
     print("\nExplicit casts in one forward and backward of the layer (weights apart)")
     specs = single_switches()
     width = max(map(len, specs))
-    inputs = fp8flow.random_layer(64, 128, 128, 4, 2, device)
     for spec in specs:
-        with fp8flow.count_casts() as casts:
-            fp8flow.Layer(spec, *inputs).step()
-        names = " ".join(f"{cast.kind}({cast.tensor})" for cast in casts)
+        launches = launches_of(spec, Size(T=64, D=128, F=128, E=4, k=2), device)
+        casts = [launch for launch in launches if launch.cast]
+        names = " ".join(f"{launch.cast}({launch.place.tensor})" for launch in casts)
         print(f"  {spec:{width}} {len(casts):3}  {names}")
 
 
@@ -212,7 +252,7 @@ def quantized_in_each_way(x: Tensor) -> dict[str, Tensor]:
         "row-wise, pow2 scales": kernels.dequantize(pow2),
         "requantized, pow2 scales": requantized(pow2),
         "direct transpose, pow2": kernels.dequantize(kernels.scaling_aware_transpose(pow2)).t(),
-        "a scale for 128x128, pow2": kernels.dequantize(tiles)[0],
+        "a scale for 128x128, pow2": kernels.dequantize.twin(tiles)[0],
     }
 
 
@@ -235,7 +275,7 @@ def loss_of(y: Tensor, x: Tensor) -> Loss:
     row_error = (y.double() - x).norm(dim=1)
     wrong = row_error > 0.1 * row_size
     return Loss(
-        db=fp8flow.sqnr(y, x),
+        db=sqnr(y, x),
         zeros=100 * zeros.sum().item() / is_live.sum().item(),
         rows=100 * wrong.sum().item() / (row_size > 0).sum().item())
 
@@ -273,7 +313,7 @@ def main(argv=None) -> None:
     except ValueError as error:
         parser.error(f"SPEC {args.spec}: {error}")
     print(f"torch {torch.__version__}, {machine}")
-    print_launches(args.spec, LAYERS[0] if device == "cuda" else ON_A_CPU, device)
+    print_launches(args.spec, LAYERS["layer 1"] if device == "cuda" else ON_A_CPU, device)
 
 
 if __name__ == "__main__":

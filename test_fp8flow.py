@@ -7,12 +7,13 @@ interpreter, small.
     grouped GEMM            against fp64 on the dequantized operands; on Hopper its kernel against
                             the loop, bit for bit; everywhere both compiled for GPUs that are not
                             here
-    routing                 the plan against a plain loop, empty experts and all
+    routing                 the plan: its invariants, empty experts and all
+    the door                who is let in, and what runs
     the layer               against fp64, kernels against twins, memory, no host sync
     in other models         every dtype, stale weights, autocast, compile, checkpointing, DDP
     casts                   those of a run are those in the margin of the code
-    what is refused         every wrapper and command, in a sentence that names the argument
-    training                resume, reuse, broken losses
+    what is refused         where strangers enter, in a sentence that names the argument
+    training                data, schedule, what a run leaves, how it goes on, recording
     tools                   the trace and the profiler say the same
 """
 import os
@@ -38,21 +39,23 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import triton
 import triton.language as tl
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8flow
 import kernels
 import model
 import train as train_py
-from fp8flow import sqnr
 from kernels import BLOCK, FP8, SCALE_MIN, QTensor
 from tools import bench, draw, probe, trace, walk
+from tools.bench import sqnr
 
 DEVICE = "cuda" if CUDA else "cpu"
 ROOT = Path(__file__).parent
@@ -135,10 +138,10 @@ def test_quantize_kernel_equals_twin(R, C, kind, scales):
     for dtype in (torch.bfloat16, torch.float32):
         x = data(kind, R, C, dtype=dtype)
         q = kernels.quantize(x, scales)
-        assert same_bits(q, kernels.quantize_ref(x, scales))
-        assert torch.equal(kernels.dequantize(q), kernels.dequantize_ref(q))
+        assert same_bits(q, kernels.quantize.twin(x, scales))
+        assert torch.equal(kernels.dequantize(q), kernels.dequantize.twin(q))
         narrow = kernels.dequantize(q, torch.bfloat16)
-        assert torch.equal(narrow, kernels.dequantize_ref(q, torch.bfloat16))
+        assert torch.equal(narrow, kernels.dequantize.twin(q, torch.bfloat16))
         assert sqnr(kernels.dequantize(q), x) > 30
 
 
@@ -164,8 +167,8 @@ def blocks_by_hand() -> torch.Tensor:
 @pytest.mark.parametrize("twin", [False, True])
 def test_quantize_by_hand(twin, scales):
     x = blocks_by_hand()
-    q = kernels.quantize_ref(x, scales) if twin else kernels.quantize(x, scales)
-    assert same_bits(q, kernels.quantize_ref(x, scales))
+    q = kernels.quantize.twin(x, scales) if twin else kernels.quantize(x, scales)
+    assert same_bits(q, kernels.quantize.twin(x, scales))
     y = kernels.dequantize(q)
     scale = q.scale[0]
     assert scale[0] == SCALE_MIN and scale[10] == SCALE_MIN             # never 1.0
@@ -197,14 +200,15 @@ def test_quantize_weight(scales, dtype):
     w = (data("heavy", 3 * 256, 384, dtype=torch.float32).view(3, 256, 384) / 50).to(dtype)
     w[1] = 0
     q, q_t = kernels.quantize_weight(w, scales)
-    ref, ref_t = kernels.quantize_weight_ref(w, scales)
+    ref, ref_t = kernels.quantize_weight.twin(w, scales)
     assert same_bits(q, ref) and same_bits(q_t, ref_t)
-    assert torch.equal(kernels.dequantize(q).mT, kernels.dequantize(q_t))
-    assert sqnr(kernels.dequantize(q), w) > 25 and sqnr(kernels.dequantize(q_t), w.mT) > 25
+    dequantize = kernels.dequantize.twin        # [E, N, K], too
+    assert torch.equal(dequantize(q).mT, dequantize(q_t))
+    assert sqnr(dequantize(q), w) > 25 and sqnr(dequantize(q_t), w.mT) > 25
     w[2, 5, 7] = torch.nan
     q, q_t = kernels.quantize_weight(w, scales)
-    y = kernels.dequantize(q)
-    y_t = kernels.dequantize(q_t)
+    y = dequantize(q)
+    y_t = dequantize(q_t)
     assert y[2, 5, 7].isnan() and y[:2].isfinite().all()
     assert y_t[2, 7, 5].isnan() and y_t[:2].isfinite().all()
 
@@ -256,7 +260,7 @@ def test_transpose_against_exact_arithmetic(twin):
         x[2 * i] = halves[0]
         x[2 * i + 1] = halves[1]
         scale[0, 2 * i:2 * i + 2] = 2.0 ** (90 - shift)
-    transpose = kernels.scaling_aware_transpose_ref if twin else kernels.scaling_aware_transpose
+    transpose = kernels.scaling_aware_transpose.twin if twin else kernels.scaling_aware_transpose
     out = transpose(QTensor(x.view(FP8).to(DEVICE), scale.to(DEVICE), "pow2"))
     assert out.scale.tolist() == [[2.0 ** 90]]
     got = out.data.view(torch.uint8).cpu().t()
@@ -274,10 +278,10 @@ def test_transpose_against_exact_arithmetic(twin):
 def test_transpose_kernel_equals_twin(M, C, kind):
     q = kernels.quantize(data(kind, M, C))
     out = kernels.scaling_aware_transpose(q)
-    assert out.data.shape == (C, M) and same_bits(out, kernels.scaling_aware_transpose_ref(q))
+    assert out.data.shape == (C, M) and same_bits(out, kernels.scaling_aware_transpose.twin(q))
     rows = torch.randint(-1, M, (256,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     permuted = kernels.scaling_aware_transpose(q, rows)
-    assert same_bits(permuted, kernels.scaling_aware_transpose_ref(q, rows))
+    assert same_bits(permuted, kernels.scaling_aware_transpose.twin(q, rows))
     gathered = kernels.gather_rows(q, rows)
     assert same_bits(permuted, kernels.scaling_aware_transpose(gathered))
 
@@ -331,7 +335,7 @@ def test_requantize(M, C, kind, scales):
     round to bf16 on the way, which moves a few codes."""
     q = kernels.quantize(data(kind, M, C), scales)
     got = kernels.requantize(q, scales)
-    assert got.data.shape == (C, M) and same_bits(got, kernels.requantize_ref(q, scales))
+    assert got.data.shape == (C, M) and same_bits(got, kernels.requantize.twin(q, scales))
     assert same_bits(got, requantized(q))
     through_bf16 = kernels.transpose(kernels.dequantize(q, torch.bfloat16))
     three = kernels.quantize(through_bf16, scales)
@@ -373,15 +377,15 @@ def test_swiglu(M, width, scales):
     a, dh, dprob = swiglu_exact(h, prob, da)
 
     assert sqnr(kernels.swiglu(h, prob), a) > 50            # bf16 rounds at 2^-9: 56 dB
-    got_dh, got_dprob = kernels.swiglu_backward(da, h, prob)
-    assert sqnr(got_dh, dh) > 50 and sqnr(got_dprob, dprob) > 110
+    got_dh, got_dprob, no_a = kernels.swiglu_backward(da, h, prob)
+    assert no_a is None and sqnr(got_dh, dh) > 50 and sqnr(got_dprob, dprob) > 110
 
-    a_fp8 = kernels.swiglu_quantize(h, prob, scales)
-    dh_fp8, fused_dprob, a_again = kernels.swiglu_backward_quantize(da, h, prob, scales)
+    a_fp8 = kernels.swiglu(h, prob, scales)
+    dh_fp8, fused_dprob, a_again = kernels.swiglu_backward(da, h, prob, scales)
     assert sqnr(fused_dprob, dprob) > 110
     assert same_bits(a_fp8, a_again)            # backward makes the same codes again
     for got, exact in ((a_fp8, a), (dh_fp8, dh)):
-        want = kernels.quantize_ref(exact.float(), scales)
+        want = kernels.quantize.twin(exact.float(), scales)
         assert got.scale.shape == want.scale.shape
         different = got.data.view(torch.uint8) != want.data.view(torch.uint8)
         assert different.float().mean() < 1e-3              # ties, in the last ulp
@@ -395,8 +399,8 @@ def test_offsets_beyond_2_31():
     width = 4096                                # M * 2F = 2.46e9 elements
     h = torch.randn(M, 2 * width, device=DEVICE, dtype=torch.bfloat16)
     prob = torch.rand(M, device=DEVICE)
-    q = kernels.swiglu_quantize(h, prob)
-    tail = kernels.swiglu_quantize(h[-256:].contiguous(), prob[-256:].contiguous())
+    q = kernels.swiglu(h, prob, "pow2")
+    tail = kernels.swiglu(h[-256:].contiguous(), prob[-256:].contiguous(), "pow2")
     assert torch.equal(q.data[-256:].view(torch.uint8), tail.data.view(torch.uint8))
     x = kernels.gather_rows(h, torch.arange(M - 256, M, device=DEVICE))
     assert torch.equal(x, h[-256:])
@@ -418,17 +422,17 @@ def test_gather_and_sum_rows(T, C, M):
     rows = torch.randint(-1, T, (M,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     rows[:7] = -1
     x = data("gradient", T, C)
-    assert torch.equal(kernels.gather_rows(x, rows), kernels.gather_rows_ref(x, rows))
+    assert torch.equal(kernels.gather_rows(x, rows), kernels.gather_rows.twin(x, rows))
     q = kernels.quantize(x)
     got = kernels.gather_rows(q, rows)
-    assert same_bits(got, kernels.gather_rows_ref(q, rows))
+    assert same_bits(got, kernels.gather_rows.twin(q, rows))
     assert (got.data[:7].view(torch.uint8) == 0).all() and (got.scale[:, :7] == SCALE_MIN).all()
     want = torch.where((rows >= 0)[:, None], kernels.dequantize(q)[rows], 0)
     assert torch.equal(kernels.dequantize(got), want)
     for top_k in (1, 2, 5):
         g = torch.Generator().manual_seed(4)
         slots = torch.randint(0, T, (M, top_k), generator=g).to(DEVICE)
-        assert torch.equal(kernels.sum_rows(x, slots), kernels.sum_rows_ref(x, slots))
+        assert torch.equal(kernels.sum_rows(x, slots), kernels.sum_rows.twin(x, slots))
 
 
 def test_views_are_taken_as_they_read():
@@ -436,14 +440,15 @@ def test_views_are_taken_as_they_read():
     x = data("plain", 256, 128).t()
     prob = torch.linspace(0, 1, 256, device=DEVICE)[::2]
     assert same_bits(kernels.quantize(x), kernels.quantize(x.contiguous()))
-    straight = kernels.swiglu_quantize(x.contiguous(), prob.contiguous())
-    assert same_bits(kernels.swiglu_quantize(x, prob), straight)
+    straight = kernels.swiglu(x.contiguous(), prob.contiguous(), "pow2")
+    assert same_bits(kernels.swiglu(x, prob, scales="pow2"), straight)
     rows = torch.arange(256, device=DEVICE)[::2] // 2       # every second of an int64 tensor
     assert torch.equal(kernels.gather_rows(x, rows), x)
     assert torch.equal(kernels.sum_rows(x, rows[:, None]), x)
     da = data("plain", 128, 128, seed=1).t()
     straight = kernels.swiglu_backward(da.contiguous(), x.contiguous(), prob.contiguous())
-    for got, want in zip(kernels.swiglu_backward(da, x, prob), straight):
+    views = {"da": da, "h": x, "prob": prob}    # keyword arguments, too
+    for got, want in zip(kernels.swiglu_backward(**views)[:2], straight):
         assert torch.equal(got, want)
     q = kernels.quantize(x)
     w, _ = kernels.quantize_weight(data("plain", 128, 256, dtype=torch.float32)[None])
@@ -469,14 +474,14 @@ def test_unused_tiles_are_left_alone(monkeypatch):
     prob = torch.ones(384, device=DEVICE)
     q = kernels.quantize(x)
     rows = torch.arange(384, device=DEVICE)
-    dh, dprob, a = kernels.swiglu_backward_quantize(x, h, prob, "pow2", tile_expert)
-    dh_bf16, dprob_bf16 = kernels.swiglu_backward(x, h, prob, tile_expert)
+    dh, dprob, a = kernels.swiglu_backward(x, h, prob, "pow2", tile_expert)
+    dh_bf16, dprob_bf16, _ = kernels.swiglu_backward(x, h, prob, None, tile_expert)
     row_wise = [
         kernels.quantize(x, "pow2", tile_expert).data,
         kernels.dequantize(q, torch.float32, tile_expert),
         kernels.gather_rows(x, rows, tile_expert), kernels.gather_rows(q, rows, tile_expert).data,
-        kernels.swiglu(h, prob, tile_expert), dh.data, dprob[:, None], a.data,
-        kernels.swiglu_quantize(h, prob, "pow2", tile_expert).data,
+        kernels.swiglu(h, prob, None, tile_expert), dh.data, dprob[:, None], a.data,
+        kernels.swiglu(h, prob, "pow2", tile_expert).data,
         dh_bf16, dprob_bf16[:, None]]
     column_wise = [kernels.scaling_aware_transpose(q, None, tile_expert).data.t(),
                    kernels.requantize(q, "pow2", tile_expert).data.t()]
@@ -495,10 +500,10 @@ def test_unused_tiles_are_skipped():
     assert torch.equal(kernels.gather_rows(x, rows, tile_expert)[used], x[rows][used])
     h = data("plain", 384, 256)
     prob = torch.ones(384, device=DEVICE)
-    got = kernels.swiglu(h, prob, tile_expert)
+    got = kernels.swiglu(h, prob, None, tile_expert)
     assert torch.equal(got[used], kernels.swiglu(h, prob)[used])
-    codes = kernels.swiglu_quantize(h, prob, tile_expert=tile_expert).data.view(torch.uint8)
-    full = kernels.swiglu_quantize(h, prob).data.view(torch.uint8)
+    codes = kernels.swiglu(h, prob, "pow2", tile_expert).data.view(torch.uint8)
+    full = kernels.swiglu(h, prob, "pow2").data.view(torch.uint8)
     assert torch.equal(codes[used], full[used])
     q = kernels.quantize(x)
     rowwise = kernels.quantize(x, "pow2", tile_expert)
@@ -558,7 +563,7 @@ def test_grouped_gemm(N, K, counts, scales):
     out = at_every_level(lambda: kernels.grouped_gemm(a, b, tile_expert, ends)[:used])
     assert out.shape == (used, N) and out.dtype == torch.bfloat16
     x = kernels.dequantize(a).double()[:used]
-    w = kernels.dequantize_ref(b).double()
+    w = kernels.dequantize.twin(b).double()
     expert = tile_expert.repeat_interleave(BLOCK)[:used]
     for e in range(E):
         mine = expert == e
@@ -576,16 +581,15 @@ def wgrad_operand(kind: str, slots: int, C: int) -> QTensor:
     return kernels.scaling_aware_transpose(kernels.quantize(x))
 
 
-@pytest.mark.parametrize("kinds", [("tile", "tile"), ("column", "column"), ("column", "tile"),
-                                   ("tile", "column")])
+@pytest.mark.parametrize("kind", ["tile", "column"])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("M, N", WGRAD_SIZES)
-def test_grouped_wgrad(M, N, counts, kinds):
-    """Scales a tile (from the direct transpose), scales a column (requantized), and one of each."""
+def test_grouped_wgrad(M, N, counts, kind):
+    """Scales a tile (from the direct transpose), and scales a column (requantized)."""
     tile_expert, ends = expert_tiles(counts)
     slots = len(tile_expert) * BLOCK
-    a = wgrad_operand(kinds[0], slots, M)
-    b = wgrad_operand(kinds[1], slots, N)
+    a = wgrad_operand(kind, slots, M)
+    b = wgrad_operand(kind, slots, N)
     x = kernels.dequantize(a).double()
     y = kernels.dequantize(b).double()
     for dtype, bar in ((torch.float32, 70), (torch.bfloat16, 50)):
@@ -670,10 +674,11 @@ def compile_gemms(half: int) -> None:
     from triton.experimental.gluon._runtime import GluonASTSource
     for wgrad, a_per, b_per, out_bytes in COMPILED[half::2]:
         name, dtype = ("bf16", torch.bfloat16) if out_bytes == 2 else ("fp32", torch.float32)
-        columns, options = kernels._hopper_options(b_per, out_bytes)
+        columns, options = kernels.hopper_options(b_per, out_bytes)
         layout = {"WGRAD": wgrad, "A_PER": a_per, "B_PER": b_per}
         if wgrad:
             layout["tile_expert"] = None
+        loop = kernels._grouped_wgrad_kernel if wgrad else kernels._grouped_gemm_kernel
         operand = tma_type("fp8e4nv", FP8, BLOCK, BLOCK)
         types = {"a": operand, "b": operand, "out": tma_type(name, dtype, BLOCK // 2, columns)}
         constants = {"STAGES": options.pop("STAGES"), "BUFFERS": options.pop("BUFFERS"),
@@ -682,8 +687,8 @@ def compile_gemms(half: int) -> None:
                     constants | layout, options)
         types = {"a": "*fp8e4nv", "b": "*fp8e4nv", "out": f"*{name}"}
         for capability in LOOP_CAPABILITIES:
-            compile_one("loop", capability, ASTSource, kernels._grouped_gemm_kernel, types,
-                        {"TILE": BLOCK} | layout, {"num_warps": 8, "num_stages": 3})
+            compile_one("loop", capability, ASTSource, loop, types, {"PER": b_per} if wgrad else {},
+                        {"num_warps": 8, "num_stages": 3})
 
 
 def tma_type(name: str, dtype: torch.dtype, rows: int, columns: int) -> str:
@@ -753,6 +758,8 @@ ROUTES = [  # T, E, K and the reason
     (64, 3, 3, "K = E: every expert sees every token"),
     (200, 7, 2, "prime E"),
     (128, 2, 2, "tiles without padding"),
+    (1, 256, 8, "most experts without a token"),
+    (40, 1, 1, "one expert"),
 ]
 
 
@@ -761,9 +768,9 @@ def routing(T, E, K, kind="random", seed=0):
     g = torch.Generator().manual_seed(seed)
     scores = torch.rand(T, E, generator=g)
     if kind == "one":
-        scores[:, 1] += 10                      # expert 1 is everybody's first choice
+        scores[:, 1] += 10                      # expert 1 is the first choice of all
     if kind == "empty":
-        scores[:, E // 2] -= 10                 # nobody's choice, in the middle
+        scores[:, E // 2] -= 10                 # one in the middle is chosen by none
     weights, index = scores.softmax(-1).topk(K, dim=-1)
     return index.to(DEVICE), (weights / weights.sum(-1, keepdim=True)).to(DEVICE)
 
@@ -771,13 +778,27 @@ def routing(T, E, K, kind="random", seed=0):
 @pytest.mark.parametrize("kind", ["random", "one", "empty"])
 @pytest.mark.parametrize("T, E, K, reason", ROUTES)
 def test_plan(T, E, K, reason, kind):
-    if kind == "empty" and K == E:
-        kind = "random"                         # nobody can be empty
+    if E == 1 or (kind == "empty" and K == E):
+        kind = "random"                         # No expert can be empty, or there is no other.
     index, _ = routing(T, E, K, kind)
+    check_plan(index, E)
+
+
+def test_200_plans(twins_on_cpu):
+    g = torch.Generator().manual_seed(0)
+    for seed in range(200):
+        T, E = (int(torch.randint(1, high, (), generator=g)) for high in (300, 40))
+        K = int(torch.randint(1, E + 1, (), generator=g))
+        check_plan(routing(T, E, K, seed=seed)[0], E)
+
+
+def check_plan(index, E):
+    T, K = index.shape
     plan = fp8flow.make_plan(index, E)
     M = len(plan.token)
     pairs = torch.arange(T * K, device=DEVICE)
-    assert M == -(-(T * K + E * 127) // BLOCK) * BLOCK      # static: a function of T, K and E
+    # Static, a function of T, K and E: no more than T * K experts have slots.
+    assert M == -(-(T * K + min(E, T * K) * 127) // BLOCK) * BLOCK
     counts = torch.stack([(index == e).sum() for e in range(E)])
     padded = (counts + 127) // BLOCK * BLOCK
     assert torch.equal(plan.ends, padded.cumsum(0).int())
@@ -790,16 +811,21 @@ def test_plan(T, E, K, reason, kind):
     assert torch.equal(expert_of_slot[live], index.flatten()[plan.pair[live]].int())
     used = plan.ends[-1] // BLOCK
     assert (plan.tile_expert[used:] == -1).all() and (plan.tile_expert[:used] >= 0).all()
-    unpadded = plan.unpadded
-    row = unpadded.row_of_pair.flatten()
-    assert torch.equal(unpadded.slot[row], plan.slot.flatten())
-    assert torch.equal(unpadded.token[row], pairs // K)
-    assert torch.equal(unpadded.row_of_slot[unpadded.slot], pairs)
+    rows = plan.rows
+    row = rows.row_of_pair.flatten()
+    assert torch.equal(rows.slot[row], plan.slot.flatten())
+    assert torch.equal(rows.token[row], pairs // K)
+    assert torch.equal(rows.row_of_slot[rows.slot], pairs)
+    # A stable sort: in each expert pairs keep their order.
+    assert (rows.slot.diff() > 0).all() and (plan.pair[live].diff()[
+        expert_of_slot[live].diff() == 0] > 0).all()
 
 
-def test_plan_by_hand():
-    """The example in make_plan's docstring."""
-    plan = fp8flow.make_plan(torch.tensor([[2, 0], [2, 1]], device=DEVICE), 3, block=4)
+def test_plan_by_hand(monkeypatch):
+    """The example in make_plan's docstring, with 4 for 128."""
+    monkeypatch.setattr(kernels, "use_kernels", lambda device: False)
+    monkeypatch.setattr(kernels, "BLOCK", 4)
+    plan = fp8flow.make_plan(torch.tensor([[2, 0], [2, 1]]), 3)
     assert plan.pair.tolist() == [1, -1, -1, -1, 3, -1, -1, -1, 0, 2, -1, -1, -1, -1, -1, -1]
     assert plan.token.tolist() == [0, -1, -1, -1, 1, -1, -1, -1, 0, 1, -1, -1, -1, -1, -1, -1]
     assert plan.slot.tolist() == [[8, 0], [9, 4]] and plan.tile_expert.tolist() == [0, 1, 2, -1]
@@ -932,6 +958,8 @@ def test_no_sync_in_the_layer(recipe, monkeypatch):
     if CUDA:
         run_layer(recipe, inputs)               # compiled before
         torch.cuda.set_sync_debug_mode("error")
+    else:                                       # There the index is read and checked at once.
+        monkeypatch.setattr(fp8flow, "check_index", lambda *arguments: None)
     monkeypatch.setattr(torch.Tensor, "tolist", None)       # It reads without a dispatch.
     try:
         with NoSync():
@@ -942,12 +970,14 @@ def test_no_sync_in_the_layer(recipe, monkeypatch):
 
 
 def test_no_second_derivative():
+    """Whether dy wants a gradient, or the penalty on the gradient of x is what is differentiated."""
     inputs = small_inputs()
     x, weights, w1, w2 = inputs.leaves()
-    y = fp8flow.experts(x, inputs.index, weights, w1, w2, "bf16")
-    dx, = torch.autograd.grad(y, x, inputs.dy.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    for spec in ("bf16", "flow"):
+        for dy in (inputs.dy, inputs.dy.clone().requires_grad_()):
+            y = fp8flow.experts(x, inputs.index, weights, w1, w2, spec)
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.grad(y, x, dy, create_graph=True)
 
 
 @pytest.mark.parametrize("spec", ["bf16", "naive", "flow"])
@@ -957,7 +987,9 @@ def test_bytes_held_for_backward(spec, twins_on_cpu):
     M = 896                                     # 400 pairs and 3 * 127 of padding, in tiles
     inputs = Inputs(T, D, width, E, k)
     held = {}
-    in_bf16 = {"H": 2 * M * 2 * width, "prob": 4 * M}
+    plan = {"slot": 8 * T * k, "token": 8 * M, "pair": 8 * M, "tile_expert": 4 * M // BLOCK,
+            "ends": 4 * E}
+    in_bf16 = plan | {"H": 2 * M * 2 * width, "prob": 4 * M}
     weights_t = E * (2 * width * D + D * width)
     in_fp8 = in_bf16 | {"W^T": weights_t + 4 * weights_t // BLOCK ** 2}
     want = {
@@ -967,8 +999,7 @@ def test_bytes_held_for_backward(spec, twins_on_cpu):
     }[spec]
 
     def pack(tensor):
-        if tensor.is_floating_point():
-            held[tensor.data_ptr()] = tensor.nbytes
+        held[tensor.data_ptr()] = tensor.nbytes
         return tensor
 
     x, weights, w1, w2 = inputs.leaves()
@@ -987,9 +1018,9 @@ def test_activations_do_not_outlive_backward(spec):
     node = y.grad_fn
     while "Experts" not in node.name():         # behind the cast and the reshape of the result
         node = node.next_functions[0][0]
-    attributes = [name for name, value in vars(node).items()
-                  if isinstance(value, torch.Tensor) or isinstance(value, QTensor)]
-    assert attributes == [] and sum(t is not None for t in node.saved_tensors) > 3
+    kept = {type(value) for value in vars(node).values()}
+    assert kept <= {fp8flow.Recipe, torch.dtype}            # no tensor, no plan
+    assert sum(tensor is not None for tensor in node.saved_tensors) > 3
     y.backward(inputs.dy)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         node.saved_tensors                      # y and its graph live, what was saved is gone
@@ -1136,58 +1167,6 @@ def test_weights_are_never_stale(monkeypatch):
     assert loss_of(layer, inputs) != after
 
 
-def test_weights_cast_once(monkeypatch):
-    """Inside, the weights are cast once for all calls, to the same bits; nothing is left of it."""
-    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
-    inputs = small_inputs()
-    layer = build_layer("flow", inputs)
-    plain = loss_of(layer, inputs)
-    casts = []
-    original = kernels.quantize_weight
-
-    def noting(w, scales):
-        casts.append(w)
-        return original(w, scales)
-
-    monkeypatch.setattr(kernels, "quantize_weight", noting)
-    with fp8flow.weights_cast_once(torch.nn.Sequential(layer)):
-        assert loss_of(layer, inputs) == plain and len(casts) == 2
-        loss_of(layer, inputs).backward()
-        assert len(casts) == 2
-        twin = copy.deepcopy(layer)
-        state = pickle.dumps(layer)
-        layer.recipe = fp8flow.RECIPES["naive"]
-        with pytest.raises(ValueError, match="operands were cast for another recipe"):
-            loss_of(layer, inputs)
-        layer.recipe = fp8flow.RECIPES["flow"]
-    assert len(fp8flow._cast_once) == 0
-    for other in (layer, twin, pickle.loads(state)):
-        casts.clear()
-        assert loss_of(other, inputs) == plain and len(casts) == 2      # cast anew
-        assert sorted(vars(other)) == sorted(vars(torch.nn.Module()) | {"recipe": None})
-    with torch.inference_mode(), fp8flow.weights_cast_once(layer):
-        with torch.inference_mode(False):
-            loss_of(layer, inputs).backward()   # What an evaluation cast trains.
-    with pytest.raises(RuntimeError, match="on purpose"):
-        with fp8flow.weights_cast_once(layer):
-            raise RuntimeError("on purpose")
-    assert len(fp8flow._cast_once) == 0
-    with fp8flow.weights_cast_once(layer):
-        with fp8flow.weights_cast_once(layer):
-            pass
-        casts.clear()
-        assert loss_of(layer, inputs) == plain and casts == []          # the outer one is open
-    broken = build_layer("flow", inputs)
-    broken.w1.data = broken.w1.data.double()
-    with pytest.raises(ValueError, match="float64"):
-        with fp8flow.weights_cast_once(torch.nn.Sequential(layer, broken)):
-            pass
-    assert len(fp8flow._cast_once) == 0         # nor is anything left where entering failed
-    with pytest.raises(ValueError, match="Linear holds no fp8flow.Experts"):
-        with fp8flow.weights_cast_once(torch.nn.Linear(2, 2)):
-            pass
-
-
 def test_a_module_of_any_origin_works(twins_on_cpu):
     inputs = small_inputs()
     with torch.inference_mode():
@@ -1242,7 +1221,8 @@ def test_the_router_stays_fp32(monkeypatch):
 
 @pytest.mark.parametrize("spec, casts, launches", [("naive", 2, 9), ("flow", 1, 6)])
 def test_only_wanted_gradients(spec, casts, launches, twins_on_cpu):
-    """With frozen experts backward makes no weight gradients, and no transposes for them."""
+    """With frozen experts backward makes no weight gradients, and no transposes for them; where
+    one weight is frozen, the other has its gradient alone."""
     inputs = small_inputs()
     every = run_layer(spec, inputs)
     x = inputs.x.requires_grad_()
@@ -1259,7 +1239,15 @@ def test_only_wanted_gradients(spec, casts, launches, twins_on_cpu):
     with trace.record_launches() as record:
         y.backward(inputs.dy)
     assert torch.equal(layer.w1.grad, every[3]) and torch.equal(layer.w2.grad, every[4])
-    assert "dX" not in [launch.tensor for launch in record]
+    assert "dX" not in [launch.place.tensor for launch in record]
+    for frozen, made in (("w1", "dW2"), ("w2", "dW1")):
+        layer = build_layer(spec, inputs)
+        getattr(layer, frozen).requires_grad_(False)
+        y = layer(inputs.x, inputs.index, inputs.weights)
+        with trace.record_launches() as record:
+            y.backward(inputs.dy)
+        products = [launch.place.tensor for launch in record if launch.op == "grouped_wgrad"]
+        assert products == [made] and getattr(layer, frozen).grad is None
 
 
 @pytest.mark.parametrize("recipe", list(fp8flow.RECIPES))
@@ -1281,7 +1269,7 @@ def test_one_graph_break(monkeypatch):
     moe = model.MoE(train_py.PRESETS["tiny"], "flow")
     explanation = torch._dynamo.explain(moe)(torch.randn(2, 16, 128).bfloat16())
     assert explanation.graph_break_count == 1 and explanation.graph_count == 2
-    assert "Experts.forward" in explanation.break_reasons[0].reason
+    assert "experts" in explanation.break_reasons[0].reason
 
 
 def ddp_worker(rank: int, folder: Path) -> None:
@@ -1416,43 +1404,30 @@ def test_the_hugging_face_lines_of_the_readme(tmp_path):
 
 SPECS = [
     ("bf16", 0), ("naive", 12), ("flow", 2), ("naive,scales=pow2", 12),
-    ("naive,transpose=fused", 8), ("flow,transpose=fused", 6),
+    ("naive,transpose=requantize", 8), ("flow,transpose=requantize", 6),
     ("naive,scales=pow2,transpose=direct", 4), ("naive,swiglu=fused", 10),
     ("naive,permute=fused", 12), ("flow,transpose=unfused", 10), ("flow,swiglu=unfused", 4),
     ("flow,permute=unfused", 2)]
 
 
-def counted(spec) -> list:
-    with fp8flow.count_casts() as casts:
+def launches_of_a_layer(spec) -> list:
+    with fp8flow.count_casts() as casts, trace.record_launches() as launches:
         run_layer(spec, Inputs(1, 128, 128, 1, 1))
-    return casts
+    assert casts == [launch.op for launch in launches if launch.cast]
+    return [launch for launch in launches if launch.cast]
 
 
 @pytest.mark.parametrize("spec, number", SPECS)
-def test_casts(spec, number, monkeypatch):
-    """The casts are the calls of the functions that cast, which are counted here by themselves."""
-    calls = []
-
-    def count_calls(name):
-        original = getattr(kernels, name)
-
-        def call(*args, **kwargs):
-            calls.append(name)
-            return original(*args, **kwargs)
-        monkeypatch.setattr(kernels, name, call)
-
-    count_calls("quantize")
-    count_calls("dequantize")
-    count_calls("requantize")
-    casts = counted(spec)
-    operations = {"Q": "quantize", "Q'": "quantize", "DQ": "dequantize", "RQ": "requantize"}
-    assert [operations[cast.kind] for cast in casts] == calls and len(calls) == number
-    found = [(cast.tensor, cast.kind) for cast in casts]
+def test_casts(spec, number):
+    casts = launches_of_a_layer(spec)
+    assert len(casts) == number
+    found = [(launch.place.tensor, launch.cast) for launch in casts]
     if number == 12:
         assert sorted(found) == sorted((tensor, kind) for tensor in ("X", "A", "dY", "dH")
                                        for kind in ("Q", "DQ", "Q'"))
     if number == 2:
         assert found == [("X", "Q"), ("dY", "Q")]
+    assert kernels.hooks == []                  # Who counts leaves nothing behind.
 
 
 @pytest.mark.parametrize("recipe", ["naive", "flow"])
@@ -1467,18 +1442,18 @@ def test_the_margin_of_the_layer_tells_the_casts(recipe):
             casts = margin[2].split()
             for number, cast in zip(margin[1].split(), casts, strict=True):
                 written.append((int(number), cast, line))
-    casts = counted(recipe)
-    ran = [(number, f"{cast.kind}({cast.tensor})", cast.line) for number, cast in
-           enumerate(casts, 1)]
+    ran = []
+    for number, launch in enumerate(launches_of_a_layer(recipe), 1):
+        ran.append((number, f"{launch.cast}({launch.place.tensor})", launch.place.line))
     assert sorted(written) == ran and len(ran) == {"naive": 12, "flow": 2}[recipe]
 
 
 # ---- what is refused -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, says", [
-    ({"scales": "fp32"}, "transpose=direct needs scales=pow2"),
-    ({"swiglu": "maybe"}, "swiglu='maybe'"),
-    ({"swiglu": True}, "swiglu=True"),
+    ({"scales": "fp32"}, "transpose=direct shifts exponents.*use scales=pow2"),
+    ({"swiglu": "maybe"}, "swiglu must be one of fused, unfused; got 'maybe'"),
+    ({"swiglu": True}, "swiglu must be one of fused, unfused; got True"),
     ({"precision": "bf16", "swiglu": "unfused"}, "swiglu=unfused is a switch of FP8")], ids=str)
 def test_recipe_refuses(changes, says):
     with pytest.raises(ValueError, match=says):
@@ -1490,84 +1465,68 @@ def test_specs():
     assert fp8flow.parse_spec("flow") == flow == fp8flow.parse_spec(flow)
     both = fp8flow.Recipe(swiglu="unfused", permute="unfused")
     assert fp8flow.parse_spec("flow,swiglu=unfused,permute=unfused") == both
-    for spec, says in (("flaw", "'flaw'"), ("flow,fast=yes", "'fast'"), ("", "''"),
+    for spec, says in (("flaw", "'flaw'"), ("flow,fast=yes", "'flow,fast=yes'"), ("", "''"),
                        ("flow,swiglu=half", "'half'"), ("flow,swiglu", "''"),
                        ("flow,scales=fp32", "scales=pow2"), ("bf16,scales=fp32", "switch of FP8"),
-                       ("flow,swiglu=fused,swiglu=unfused", "twice"), (None, "NoneType")):
+                       ("flow,swiglu=fused,swiglu=unfused", "twice"), (None, "None")):
         with pytest.raises(ValueError, match=says):
             fp8flow.parse_spec(spec)
 
 
 def misuse_of_kernels():
-    """(what is named, what says it, the call): each was garbage or a crash without a check."""
+    """Each would read or write outside of a tensor, or be silently wrong."""
     k = kernels
     x = data("plain", 256, 256)
     h = data("plain", 256, 512)
     prob = torch.ones(256, device=DEVICE)
     w = data("plain", 256, 256, dtype=torch.float32)[None]
     q = k.quantize(x)
-    fp32 = k.quantize(x, "fp32")
     b, _ = k.quantize_weight(w)
+    narrow, _ = k.quantize_weight(w[..., :128])
     t = k.scaling_aware_transpose(q)
-    narrow_b, _ = k.quantize_weight(w[..., :128])
-    short_t = k.scaling_aware_transpose(k.quantize(x[:128]))
     rows = torch.arange(256, device=DEVICE)
+    short = int32([0])
     tiles = int32([0, 0])
     ends = int32([256])
     return [
-        ("x", "multiple of 128", lambda: k.quantize(x[:, :100])),
-        ("x", "2 axes", lambda: k.quantize(x[0])),
-        ("x", "int64", lambda: k.quantize(rows[:, None].expand(-1, 128))),
-        ("x", "empty", lambda: k.quantize(x[:0])),
-        ("x", "list", lambda: k.quantize([1.0])),
-        ("scales", "'e8m0'", lambda: k.quantize(x, "e8m0")),
-        ("tile_expert", "2 long", lambda: k.quantize(x, "pow2", tiles[:1])),
-        ("scales", "'e8m0'", lambda: k.swiglu_quantize(h, prob, "e8m0")),
-        ("scales", "'row'", lambda: k.quantize_weight(w, "row")),
-        ("scales", "'row'", lambda: k.swiglu_backward_quantize(x, h, prob, "row")),
-        ("w", "3 axes", lambda: k.quantize_weight(w[0])),
-        ("w", "multiple of 128", lambda: k.quantize_weight(w[:, :100])),
-        ("q", "QTensor", lambda: k.dequantize(x)),
-        ("q", "QTensor", lambda: k.dequantize(None)),
-        ("q.scale", "quantize again",
-         lambda: k.dequantize(QTensor(q.data[:200], t.scale[:, :1], "pow2"))),
-        ("q.scale", "quantize again", lambda: k.dequantize(q._replace(scale=q.scale[:1]))),
-        ("dtype", "int8", lambda: k.dequantize(q, torch.int8)),
-        ("q.policy", "'fp32'", lambda: k.scaling_aware_transpose(fp32)),
-        ("q.scale", "quantize again", lambda: k.scaling_aware_transpose(t)),
-        ("q.data", "multiple of 128", lambda: k.scaling_aware_transpose(k.quantize(x[:100]))),
-        ("rows", "multiple of 128", lambda: k.scaling_aware_transpose(q, rows[:100])),
-        ("rows", "int32", lambda: k.scaling_aware_transpose(q, rows.int())),
-        ("tile_expert", "2 long", lambda: k.scaling_aware_transpose(q, rows, tiles[:1])),
-        ("x", "multiple of 128", lambda: k.transpose(x[:100])),
-        ("q.data", "multiple of 128", lambda: k.requantize(k.quantize(x[:100]))),
-        ("q.scale", "quantize again", lambda: k.requantize(t)),
-        ("scales", "'row'", lambda: k.requantize(q, "row")),
-        ("h", "gate and up", lambda: k.swiglu(h[:, :384], prob)),
-        ("prob", "256 long", lambda: k.swiglu(h, prob[:128])),
-        ("prob", "int64", lambda: k.swiglu_backward(x, h, prob.long())),
-        ("da", "NoneType", lambda: k.swiglu_backward(None, h, prob)),
-        ("da", "256 long", lambda: k.swiglu_backward(x[:128], h, prob)),
-        ("da", "256 long", lambda: k.swiglu_backward_quantize(x[:, :128], h, prob)),
-        ("da", "float32", lambda: k.swiglu_backward(x.float(), h, prob)),
-        ("tile_expert", "int64", lambda: k.swiglu(h, prob, tiles.long())),
-        ("rows", "int32", lambda: k.gather_rows(x, rows.int())),
-        ("x.scale", "quantize again", lambda: k.gather_rows(t, rows)),
-        ("x", "multiple of 128", lambda: k.gather_rows(x[:, :72], rows)),
-        ("slots", "2 axes", lambda: k.sum_rows(x, rows)),
-        ("b.data", "256 long", lambda: k.grouped_gemm(q, narrow_b, tiles, ends)),
-        ("b", "QTensor", lambda: k.grouped_gemm(q, w, tiles, ends)),
-        ("a.scale", "quantize again", lambda: k.grouped_gemm(t, b, tiles, ends)),
-        ("tile_expert", "2 long", lambda: k.grouped_gemm(q, b, tiles[:1], ends)),
-        ("ends", "1 long", lambda: k.grouped_gemm(q, b, tiles, ends.repeat(2))),
-        ("ends", "int64", lambda: k.grouped_gemm(q, b, tiles, ends.long())),
-        ("b.data", "256 long", lambda: k.grouped_wgrad(t, short_t, ends)),
-        ("a.scale", "quantize again",
-         lambda: k.grouped_wgrad(t._replace(scale=t.scale[:1]), t, ends)),
-        ("dtype", "float16", lambda: k.grouped_wgrad(t, t, ends, torch.float16))]
+        lambda: k.quantize(x[:, :100]),
+        lambda: k.quantize(x, "pow2", short),
+        lambda: k.dequantize(q, torch.float32, short),
+        lambda: k.dequantize(q._replace(scale=q.scale[:1])),
+        lambda: k.scaling_aware_transpose(k.quantize(x, "fp32")),
+        lambda: k.scaling_aware_transpose(k.quantize(x[:100])),
+        lambda: k.scaling_aware_transpose(q, rows[:100]),
+        lambda: k.scaling_aware_transpose(t),
+        lambda: k.scaling_aware_transpose(q, None, short),
+        lambda: k.transpose(x[:100]),
+        lambda: k.requantize(k.quantize(x[:100])),
+        lambda: k.requantize(t),
+        lambda: k.swiglu(h[:, :128], prob),
+        lambda: k.swiglu(h, prob[:100]),
+        lambda: k.swiglu(h, prob, None, short),
+        lambda: k.swiglu_backward(x, x, prob),
+        lambda: k.swiglu_backward(x, h, prob[:1]),
+        lambda: k.gather_rows(x[:, :100], rows),
+        lambda: k.gather_rows(t, rows),
+        lambda: k.gather_rows(x, rows, short),
+        lambda: k.sum_rows(x[:, :100], rows[:, None]),
+        lambda: k.quantize_weight(w[:, :100]),
+        lambda: k.grouped_gemm(q, narrow, tiles, ends),
+        lambda: k.grouped_gemm(q, b, short, ends),
+        lambda: k.grouped_gemm(t, b, tiles, ends),
+        lambda: k.grouped_wgrad(t, q, ends),
+        lambda: k.grouped_wgrad(t, k.scaling_aware_transpose(k.quantize(x[:128])), ends)]
+
+
+def test_launches_refuse():
+    for number, call in enumerate(misuse_of_kernels()):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert "\n" not in str(error.value), number
 
 
 def misuse_of_the_layer():
+    """(the argument, what else the sentence says, the call)"""
     inputs = Inputs(100, 128, 256, 3, 2)
     x = inputs.x
     index = inputs.index
@@ -1575,71 +1534,98 @@ def misuse_of_the_layer():
     w1 = inputs.w1
     w2 = inputs.w2
     e = fp8flow.experts
-    other = fp8flow.cast_weights(w1, w2, "bf16")
-    three = fp8flow.cast_weights(w1, w2, "flow")
     return [
-        ("top_k_index", "float32", lambda: fp8flow.make_plan(p, 3)),
-        ("num_experts", "at least 1", lambda: fp8flow.make_plan(index, 0)),
+        ("top_k_index", "int64; got torch.float32", lambda: fp8flow.make_plan(p, 3)),
+        ("top_k_index", "int64; got torch.float32", lambda: e(x, p, p, w1, w2)),
         ("x", "float64", lambda: e(x.double(), index, p, w1, w2)),
-        ("x", "128 long", lambda: e(x[:, :64], index, p, w1, w2)),
+        ("x", "[100, 64]", lambda: e(x[:, :64], index, p, w1, w2)),
         ("x", "list", lambda: e([1.0], index, p, w1, w2)),
-        ("top_k_index", "100 long", lambda: e(x, index[:50], p, w1, w2)),
-        ("top_k_index", "float32", lambda: e(x, p, p, w1, w2)),
-        ("top_k_weights", "2 long", lambda: e(x, index, p[:, :1], w1, w2)),
+        ("x", "memory", lambda: e(x.to("meta"), index, p, w1, w2)),
+        ("top_k_index", "[50, 2]", lambda: e(x, index[:50], p, w1, w2)),
+        ("top_k_index", "[100]", lambda: e(x, index[:, 0], p[:, 0], w1, w2)),
+        ("top_k_weights", "[100, 1]", lambda: e(x, index, p[:, :1], w1, w2)),
         ("top_k_weights", "float64", lambda: e(x, index, p.double(), w1, w2)),
-        ("w1", "512 long", lambda: e(x, index, p, w1[:, :256], w2)),
+        ("w1", "[3, 256, 128]", lambda: e(x, index, p, w1[:, :256], w2)),
         ("w1", "float64", lambda: e(x, index, p, w1.double(), w2)),
-        ("w2", "multiple of 128", lambda: e(x, index, p, w1, w2[..., :100])),
-        ("recipe", "'flaw'", lambda: e(x, index, p, w1, w2, "flaw")),
-        ("operands", "another recipe", lambda: e(x, index, p, w1, w2, operands=other)),
-        ("operands", "another recipe", lambda: e(x, index, p, w1, w2, operands=w1)),
-        ("operands", "other shapes", lambda: e(x, index, p, w1[:2], w2[:2], operands=three)),
-        ("top_k_index", "0 long", lambda: e(x[:0], index, p, w1, w2)),
-        ("recipe", "'flaw'", lambda: fp8flow.Experts(2, 128, 128, "flaw")),
-        ("w2", "multiple of 128", lambda: fp8flow.Experts(2, 100, 128)),
-        ("w2", "float64", lambda: fp8flow.Experts(2, 128, 128, dtype=torch.float64))]
+        ("w2", "multiples of 128", lambda: e(x, index, p, w1, w2[..., :100])),
+        ("w2", "None", lambda: e(x, index, p, w1, None)),
+        ("a recipe", "'flaw'", lambda: e(x, index, p, w1, w2, "flaw")),
+        ("top_k_index", "[100, 2]", lambda: e(x[:0], index, p, w1, w2)),
+        ("a recipe", "'flaw'", lambda: fp8flow.Experts(2, 128, 128, "flaw")),
+        ("num_experts", "0", lambda: fp8flow.Experts(0, 128, 128)),
+        ("dim", "100", lambda: fp8flow.Experts(2, 100, 128)),
+        ("dtype", "float64", lambda: fp8flow.Experts(2, 128, 128, dtype=torch.float64))]
 
 
-@pytest.mark.parametrize("twin", [False, True])
-@pytest.mark.parametrize("misuse", [misuse_of_kernels, misuse_of_the_layer])
-def test_wrappers_refuse(misuse, twin, monkeypatch):
-    if twin:
-        monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
-    for name, says, call in misuse():
-        with pytest.raises(ValueError) as error:
+def test_the_layer_refuses():
+    for name, says, call in misuse_of_the_layer():
+        with pytest.raises((ValueError, TypeError)) as error:
             call()
         message = str(error.value)
         assert re.match(rf"{re.escape(name)}\b", message), message
         assert says in message and "\n" not in message, message
 
 
-def test_twins_refuse_wrong_indices(monkeypatch):
-    """Values are checked where reading them is no sync."""
-    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
-    monkeypatch.setattr(kernels, "INTERPRET", False)
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_no_index_out_of_range(wrong, twins_on_cpu):
+    """ValueError on a CPU; on a GPU an assertion of the device, which the process does not
+    survive."""
+    if not CUDA:
+        inputs = Inputs(20, 128, 128, 3, 2)
+        inputs.index[7, 1] = wrong
+        for spec in ("bf16", "flow"):
+            with pytest.raises(ValueError, match=f"^top_k_index must hold experts from 0 to 2.*"
+                                                 f"{wrong}"):
+                run_layer(spec, inputs)
+        return
+    code = f"""
+import torch, fp8flow
+layer = fp8flow.Experts(3, 128, 128, device="cuda")
+index = torch.zeros(20, 2, dtype=torch.int64, device="cuda")
+index[7, 1] = {wrong}
+layer(torch.randn(20, 128, device="cuda"), index, torch.ones(20, 2, device="cuda"))
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "device-side assert" in done.stderr
+
+
+# ---- the door ------------------------------------------------------------------------------------
+
+def test_every_operation_has_a_twin_and_tells_the_hooks(monkeypatch):
+    told = []
+    monkeypatch.setattr(kernels, "hooks", [lambda *what: told.append(what)])
     x = data("plain", 128, 128)
-    w, _ = kernels.quantize_weight(data("plain", 128, 128, dtype=torch.float32)[None])
-    q = kernels.quantize(x)
-    wrong_row = torch.tensor([128], device=DEVICE)
-    one = int32([1])
-    zero = int32([0])
-    for name, call in (
-            ("rows", lambda: kernels.gather_rows(x, wrong_row)),
-            ("slots", lambda: kernels.sum_rows(x, torch.tensor([[-1]], device=DEVICE))),
-            ("rows", lambda: kernels.scaling_aware_transpose(q, wrong_row.repeat(128))),
-            ("tile_expert", lambda: kernels.grouped_gemm(q, w, one, 128 * one)),
-            ("tile_expert", lambda: kernels.grouped_gemm(q, w, zero, zero)),
-            ("ends", lambda: kernels.grouped_gemm(q, w, zero, 64 * one)),
-            ("ends", lambda: kernels.grouped_wgrad(q, q, 256 * one)),
-            ("ends", lambda: kernels.grouped_wgrad(q, q, int32([128, 0])))):
-        with pytest.raises(ValueError, match=f"^{name} holds"):
-            call()
-    with pytest.raises(ValueError, match="^top_k_index holds values"):
-        fp8flow.make_plan(torch.tensor([[2]]), 2)
-    monkeypatch.setattr(kernels, "INTERPRET", True)         # as on a GPU: no value is read, and
-    for wrong in (-1, 2):                                   # a wrong one fails all the same
-        with pytest.raises(RuntimeError, match="out of bounds"):
-            fp8flow.make_plan(torch.tensor([[0], [wrong]]), 2)
+    q = kernels.quantize(x=x, scales="fp32")
+    (name, arguments, result), = told
+    assert name == "quantize" and arguments[0].shape == x.shape and arguments[1] == "fp32"
+    assert result is q
+    assert set(kernels.OPERATIONS) == {
+        "quantize", "dequantize", "scaling_aware_transpose", "transpose", "requantize", "swiglu",
+        "swiglu_backward", "plan_slots", "gather_rows", "sum_rows", "quantize_weight",
+        "grouped_gemm", "grouped_wgrad"}
+    for name, op in kernels.OPERATIONS.items():
+        assert op is getattr(kernels, name) and op.twin is getattr(kernels, f"{name}_twin")
+        # Twin and launch take the same arguments.
+        parameters = [list(inspect.signature(function).parameters) for function in (op, op.twin)]
+        assert parameters[0] == parameters[1], name
+
+
+def test_the_door_refuses_what_has_no_memory():
+    """In place of a DTensor, which needs a group of processes, a FakeTensor; and its like."""
+    with FakeTensorMode():
+        fake = torch.empty(128, 128, device=DEVICE)
+    for x in (fake, torch.empty(128, 128, device="meta")):
+        if x.device.type == "meta" and CUDA:
+            continue                            # The twin takes it.
+        with pytest.raises(ValueError, match="plain tensor"):
+            kernels.quantize(x)
+    inputs = small_inputs()
+    for recipe in ("bf16", "flow"):
+        with pytest.raises(ValueError, match="^x must be a plain tensor"):
+            with FakeTensorMode():
+                x = torch.empty(20, 128, device=DEVICE)
+            fp8flow.experts(x, inputs.index, inputs.weights, inputs.w1, inputs.w2, recipe)
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -1652,9 +1638,6 @@ def test_rotary_sees_distances():
     scores = q_turned @ k_turned.T
     assert torch.allclose(scores[5, 3], scores[37, 35], atol=1e-4) and scores.std() > 0.1
     assert torch.equal(q_turned[0], q[0, 0, 0, 0])          # position 0 is not turned
-    x = torch.randn(2, 5, 1, 1, 16).double().requires_grad_()
-    angles = model.rotation(5, 16, q.device, torch.float64)
-    assert torch.autograd.gradcheck(lambda x: model.Rotary.apply(x, *angles), x)
 
 
 def test_balance_by_hand(monkeypatch):
@@ -1690,7 +1673,6 @@ def test_a_router_with_one_choice_learns(monkeypatch):
     y, _ = moe(torch.randn(1, 16, 128).bfloat16())
     y.float().square().sum().backward()
     assert moe.router.weight.grad.abs().max() > 0
-    assert abs(moe.load.sum() - 1) < 1e-6
 
 
 def test_generate_sees_what_came_before(monkeypatch):
@@ -1706,85 +1688,116 @@ def test_generate_sees_what_came_before(monkeypatch):
             scores = gpt(torch.tensor([text[-6:]]))[0, -1].float() / 0.8
             text.append(int(torch.multinomial(scores.softmax(-1), 1, generator=rng)))
     assert gpt.generate(b"abc", 8, seed=5) == bytes(text)
+    with pytest.raises(ValueError, match="prompt"):
+        gpt.generate(b"", 8)
 
 
 # ---- the command line: one sentence that names the argument, exit code 2, nothing written --------
 
 BAD = [     # what is typed ({tmp} holds the files below), and what the last line must say
-    ("--recipe flaw", "--recipe flaw"), ("--recipe flow,swiglu=half", "'half'"),
-    ("--recipe=", "--recipe"), ("--recipe flow,scales=fp32", "scales=pow2"),
-    ("--compare bf16,scales=pow2 flow", "switch of FP8"),
-    ("--compare fp4", "--compare fp4"), ("--compare flow flow,swiglu=fused", "is the same as flow"),
-    ("--ablate --recipe flow", "--recipe"), ("--swiglu unfused", "--swiglu"),
-    ("--preset huge", "--preset"), ("--seed -1", "--seed -1"), ("--seeds 0", "--seeds 0"),
-    ("--seeds 2 --seed 1", "--seed"), ("--n-heads 3", "n_heads=3"),
-    ("--d-model 100", "d_model=100"),
-    ("--top-k 9", "top_k=9"), ("--steps 0", "steps=0"), ("--steps 1e3", "--steps"),
-    ("--lr 0", "lr=0"),
-    ("--data {tmp}/none", "--data {tmp}/none: there is no such file"), ("--data=", "--data ''"),
-    ("--data {tmp}/short.txt", "too short"), ("--data {tmp}/folder", "holds no text"),
-    ("--seq-len 100000000", "--seq-len 100000000"), ("--out=", "--out ''"),
-    ("--out {tmp}/short.txt", "--out"), ("--out {tmp}/text", "nothing was trained"),
-    ("--out {tmp}/text --resume", "nothing was trained"),
-    ("--out {tmp}/text --overwrite", "nothing was trained"),
-    ("--out {tmp}/trained", "--overwrite"), ("--resume", "--resume needs --out"),
-    ("--resume --overwrite --out {tmp}/x", "--overwrite"),
-    ("--resume --out {tmp}/x", "no folder"), ("--prompt x", "--prompt 'x'"),
-    ("--sample {tmp}/folder", "--sample '{tmp}/folder"),
-    ("--sample {tmp}/foreign", "--sample '{tmp}/foreign"),
-    ("--sample {tmp}/foreign --val-every 5", "--val-every is for training")]
-if not CUDA:
-    BAD.append(("--device cuda", "--device cuda"))
+    ("flaw", "'flaw'"), ("flow,swiglu=half", "'half'"), ("flow,scales=fp32", "scales=pow2"),
+    ("bf16,scales=fp32 flow", "switch of FP8"), ("flow flow", "flow is the same as flow"),
+    ("flow flow,swiglu=fused", "is the same as flow"), ("flow --ablate", "--ablate"),
+    ("--swiglu unfused", "--swiglu"), ("--step 3", "--step"), ("--preset huge", "--preset"),
+    ("--seeds -1", "--seeds"), ("--seeds 1 1", "--seeds"), ("--n-heads 3", "n_heads"),
+    ("--d-model 100", "d_model"), ("--top-k 9", "top_k"), ("--steps 0", "steps"),
+    ("--steps 1e3", "--steps"), ("--lr 0", "lr"), ("--lr nan", "lr"),
+    ("--data {tmp}/none", "--data {tmp}/none holds no text (1 skipped, {tmp}/none (No such file"),
+    ("--data " + 300 * "x", "File name too long"),
+    ("--data {tmp}/short.txt", "--seq-len"), ("--data {tmp}/folder", "holds no text"),
+    ("--data {tmp}/pipe", "no regular file"), ("--data {tmp}/utf16.txt", "zero byte"),
+    ("--data {tmp}/trained", "a folder of runs"), ("--seq-len 100000000", "--seq-len 100000000"),
+    ("--out {tmp}/short.txt", "{tmp}/short.txt")]
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """The folder {tmp} of the cases; the current folder is an empty one inside."""
-    for name in ("folder", "text", "foreign", "here"):
+    for name in ("folder", "text", "trained", "here"):
         (tmp_path / name).mkdir()
     (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "utf16.txt").write_text("a text" * 1000, encoding="utf-16")
+    os.mkfifo(tmp_path / "pipe")
     words = "the cat sat on a mat and saw two dogs".split()
     picks = torch.randint(len(words), (8000,), generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "text" / "a.txt").write_text(" ".join(words[pick] for pick in picks))
-    (tmp_path / "foreign" / "model.pt").write_bytes(b"PK no archive")
-    (tmp_path / "trained" / "flow").mkdir(parents=True)
-    (tmp_path / "trained" / "flow" / "log.csv").write_text("step,loss")
+    (tmp_path / "trained" / train_py.LOCK).write_text("")
+    (tmp_path / "trained" / "log.csv").write_text("step,loss")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path
 
 
 def test_train_refuses(files, capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)    # what is not refused is short
-    short = ["--preset", "tiny", "--steps", "1", "--val-batches", "1"]
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)    # What is not refused is short.
 
     def everything():
         return sorted(str(path) for path in files.rglob("*"))
     before = everything()
     for line, says in BAD:
         data = [] if "--data" in line else ["--data", str(files / "text")]
-        of_a_training = [] if "--sample" in line else [*short, *data]
-        with pytest.raises(SystemExit) as error:
-            train_py.main([*of_a_training, *line.format(tmp=files).split()])
+        try:
+            code = train_py.main([*line.format(tmp=files).split(), "--preset", "tiny", *data])
+        except SystemExit as error:             # by argparse
+            code = error.code
         message = capsys.readouterr().err.splitlines()[-1]
-        assert error.value.code == 2 and message.startswith("train.py: error: "), (line, message)
+        assert code == 2 and message.startswith("train.py: "), (line, message)
         assert says.format(tmp=files) in message, (line, message)
         assert everything() == before, line
 
 
-# ---- training: data ------------------------------------------------------------------------------
+# ---- training: data, schedule, validation --------------------------------------------------------
 
 def test_every_step_and_seed_has_windows_of_its_own():
-    preset = train_py.replace(train_py.PRESETS["tiny"], accumulate=2, batch=3, seq_len=8)
+    preset = train_py.replace(train_py.PRESETS["tiny"], batch=3, seq_len=8)
     text = torch.arange(256, dtype=torch.uint8).repeat(100)
     seen = {}
     for seed in range(10):
         for step in range(10):
             windows = train_py.draw_windows(text, seed, step, preset)
-            assert windows.shape == (2, 3, 9)
+            assert windows.shape == (3, 9)
             assert torch.equal(windows, train_py.draw_windows(text, seed, step, preset))
             assert (windows.diff() % 256 == 1).all()
-            seen[seed, step] = tuple(windows[..., 0].flatten().tolist())
+            seen[seed, step] = tuple(windows[:, 0].tolist())
     assert len(set(seen.values())) == 100
+
+
+def test_what_is_read(tmp_path):
+    """Files in an order of their own, the same every time; what is skipped is named."""
+    for i in range(40):
+        (tmp_path / f"{i:02}.txt").write_text(f"file {i:02};" * 10)
+    whole, sentence = train_py.read_text(str(tmp_path))
+    pieces = [whole[start:start + 80] for start in range(0, 3200, 80)]
+    assert sorted(pieces) == [b"file %02d;" % i * 10 for i in range(40)] != pieces
+    assert "40 files, 3,040 bytes for training and 160 for validation; 0 skipped" in sentence
+    (tmp_path / "a.bin").write_bytes(b"text at first\0" + bytes(10))
+    (tmp_path / ".hidden").write_text("secret")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("secret")
+    (tmp_path / "runs" / "flow").mkdir(parents=True)
+    (tmp_path / "runs" / train_py.LOCK).write_text("")
+    (tmp_path / "runs" / "flow" / "log.csv").write_text("step,loss")
+    (tmp_path / "link").symlink_to(tmp_path.parent)
+    os.mkfifo(tmp_path / "pipe")
+    again, sentence = train_py.read_text(str(tmp_path))
+    assert again == whole and "40 files" in sentence and "4 skipped" in sentence
+    for name, reason in (("link", "a link to a folder"), ("runs", "a folder of runs"),
+                         ("a.bin", "a zero byte in its first 8192")):
+        assert f"{tmp_path / name} ({reason})" in sentence
+    one, sentence = train_py.read_text(str(tmp_path / "07.txt"))
+    assert one == b"file 07;" * 10 and "76 bytes for training and 4 for" in sentence
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "theirs.txt").write_text("theirs")
+
+    def refuse(path, *mode):
+        if "theirs" in str(path):
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, *mode)
+    monkeypatch.setattr(train_py, "open", refuse, raising=False)        # Root may read all.
+    text, sentence = train_py.read_text(str(tmp_path))
+    assert text == b"mine" and f"1 skipped, {tmp_path / 'theirs.txt'} (Permission denied)" in sentence
 
 
 def test_the_schedule_by_hand():
@@ -1793,10 +1806,9 @@ def test_the_schedule_by_hand():
     assert rates == pytest.approx({0: 0.1, 4: 0.5, 9: 1.0, 45: 0.5, 80: 0.01, 99: 0.01})
 
 
-def test_validation_reads_all_of_the_text(monkeypatch):
+def test_validation_reads_all_of_the_text():
     """Half of it zeros, half of it ones, by a model whose loss is the mean of what it is to say:
     each half counts alike, and both ends are read."""
-    monkeypatch.setattr(train_py, "weights_cast_once", contextlib.nullcontext)
     preset = train_py.replace(train_py.PRESETS["tiny"], seq_len=16)
     seen = []
 
@@ -1809,39 +1821,13 @@ def test_validation_reads_all_of_the_text(monkeypatch):
     positions = torch.arange(20_000, dtype=torch.int32)
     seen.clear()
     train_py.validate(mean_of_targets, positions, preset)
-    starts = torch.cat(seen)[:, 0]
-    assert starts[0] == 0 and torch.cat(seen)[-1, -1] == 19_999 and starts.diff().min() > 0
-
-
-def test_byte_tables_by_hand(monkeypatch):
-    train = torch.tensor(list(b"abababababac"), dtype=torch.uint8)
-    val = torch.tensor(list(b"aba"), dtype=torch.uint8)
-    after_a = math.log(5.1 / (6 + 25.6))                            # 5 b and 1 c
-    after_b = math.log(5.1 / (5 + 25.6))                            # 5 a
-    after_ab = math.log(5.1 / (5 + 25.6))
-    for piece in (1 << 22, 5, 1):
-        monkeypatch.setattr(train_py, "PIECE", piece)
-        assert abs(train_py.table_loss(train, val, 1) + (after_a + after_b) / 2) < 1e-5
-        assert abs(train_py.table_loss(train, val, 2) + after_ab) < 1e-5
-
-
-def test_what_is_read(tmp_path):
-    for i in range(40):
-        (tmp_path / f"{i:02}.txt").write_text(f"file {i:02};" * 10)
-    (tmp_path / "00.bin").write_bytes(b"text at first\0" + bytes(10))
-    (tmp_path / ".hidden").write_text("secret")
-    data = train_py.read_data(str(tmp_path), 8)
-    train = bytes(data.train.tolist())
-    assert bytes(data.val.tolist()) == b"file 00;" * 10 + b"file 20;" * 10
-    assert len(train) == 38 * 80 and b"secret" not in train and b"\0" not in train
-    assert "1 files skipped" in data.description
-    one = train_py.read_data(str(tmp_path / "07.txt"), 4)
-    assert len(one.train) == 72 and len(one.val) == 8 and one.digest != data.digest
+    windows = torch.cat(seen)
+    assert windows[0, 0] == 0 and windows[-1, -1] == 19_999 and windows[:, 0].diff().min() > 0
 
 
 # ---- training: runs ------------------------------------------------------------------------------
 
-def read_log(path):
+def read_csv(path):
     with open(path) as file:
         return list(csv.DictReader(file))
 
@@ -1850,275 +1836,265 @@ def read_log(path):
 def small_train(files, monkeypatch):
     """small_train(arguments) -> exit code: small runs in this process, on the twins."""
     monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
-    sizes = "--preset tiny --device cpu --n-layers 2 --batch 1 --seq-len 32 --val-batches 1"
-    steps = "--accumulate 2 --steps 24 --val-every 8"
+    monkeypatch.setattr(train_py, "VAL_WINDOWS", 1)
+    monkeypatch.setattr(model.GPT, "generate", lambda gpt, prompt, n: prompt + b"\xff")
 
     def run(*arguments):
-        words = [*sizes.split(), *steps.split(), "--data", files / "text", *arguments]
+        sizes = "--preset tiny --n-layers 2 --batch 1 --seq-len 32 --steps 3 --data"
+        words = [*sizes.split(), files / "text", *arguments]
         return train_py.main([str(word) for word in words])
     return run
 
 
-def before_step(monkeypatch, number: int, act) -> None:
-    """Calls act(model) before the training step of this number, counted over all runs."""
-    real = train_py.train_step
-    models = []
+def before_forward(monkeypatch, number: int, act) -> None:
+    """Calls act(model) before the forward of this number, counted over all models. The first of a
+    run is discarded."""
+    forward = model.GPT.forward
+    calls = []
 
-    def step(model, *rest):
-        models.append(model)
-        if len(models) == number:
-            act(model)
-        return real(model, *rest)
-    monkeypatch.setattr(train_py, "train_step", step)
-
-
-def ask_to_stop(model) -> None:
-    """SIGTERM to ourselves: only if train.py listens, or it would be the end of pytest."""
-    assert "stop_signals" in getattr(signal.getsignal(signal.SIGTERM), "__qualname__", "")
-    os.kill(os.getpid(), signal.SIGTERM)
+    def counted(gpt, *tokens):
+        calls.append(gpt)
+        if len(calls) == number:
+            act(gpt)
+        return forward(gpt, *tokens)
+    monkeypatch.setattr(model.GPT, "forward", counted)
 
 
-def run_out_of_memory(model) -> None:
-    raise MemoryError
+DISCARDED = 2 if CUDA else 1    # forwards before the first step: on a GPU one asks who waits
 
 
 def test_training(files, small_train, capsys):
     """30 steps of every recipe. What follows from a few roundings is chaotic: only the first step
     is compared closely, where the same weights see the same batch."""
-    sizes = ["--accumulate", 1, "--batch", 4, "--steps", 30]
-    assert small_train("--compare", *sizes, "--out", "x") == 0
+    assert small_train("--batch", 4, "--steps", 30, "--out", "x") == 0
     printed = capsys.readouterr().out
-    assert "byte pairs" in printed and "delta_pct" in printed and "speedup" not in printed
-    rows = read_log("x/compare.csv")
+    assert "0 casts in a layer" in printed and "12 casts" in printed and "def \ufffd" in printed
+    assert "delta_pct" not in printed and "speedup" not in printed and "called: " in printed
+    rows = read_csv("x/compare.csv")
     names = "recipe,casts,val_loss,delta_pct,tokens_per_s,speedup,peak_mem_gb,seed"
     assert list(rows[0]) == names.split(",")
     casts = [(row["recipe"], row["casts"]) for row in rows]
     assert casts == [("bf16", "0"), ("naive", "12"), ("flow", "2")]
-    bf16 = read_log("x/bf16/log.csv")
+    bf16 = read_csv("x/bf16/log.csv")
     for row in rows:
-        log = read_log(f"x/{row['recipe']}/log.csv")
+        log = read_csv(f"x/{row['recipe']}/log.csv")
         assert [int(line["step"]) for line in log] == list(range(30))
+        assert [i for i, line in enumerate(log) if line["val_loss"]] == [14, 29]
         assert float(log[0]["loss"]) > 5 and float(log[-1]["loss"]) < 3         # ln 256 = 5.5
-        assert float(row["val_loss"]) == pytest.approx(float(log[-1]["val_loss"]), abs=1e-4)
+        assert float(row["val_loss"]) == float(log[-1]["val_loss"])
         for name in ("loss", "grad_norm", "balance"):
             assert float(log[0][name]) == pytest.approx(float(bf16[0][name]), rel=0.02)
-        assert sorted(os.listdir(f"x/{row['recipe']}")) == ["log.csv", "model.pt"]
+        assert sorted(os.listdir(f"x/{row['recipe']}")) == ["log.csv", "row.json"]
+    assert float(rows[1]["delta_pct"]) == pytest.approx(
+        100 * (float(rows[1]["val_loss"]) / float(rows[0]["val_loss"]) - 1))
     assert Path("x/loss.png").stat().st_size > 10_000
-    assert small_train("--recipe", "bf16", "--steps", 2) == 0
-    assert "delta_pct" not in capsys.readouterr().out and Path("out/1/bf16/log.csv").exists()
+    assert small_train("bf16") == 0 and small_train("bf16") == 0
+    assert Path("out/1/bf16/log.csv").exists() and Path("out/2/bf16/log.csv").exists()
 
 
-@pytest.mark.parametrize("spec", ["bf16", "flow,swiglu=unfused"])
-def test_a_stopped_run_goes_on_to_the_same_bits(spec, small_train, monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert small_train("--recipe", spec, "--out", "whole") == 0
-    with monkeypatch.context() as patch:
-        before_step(patch, 13, ask_to_stop)
-        assert small_train("--recipe", spec, "--out", "parts") == 130
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert "--out parts --resume" in capsys.readouterr().err
-    saved = torch.load(f"parts/{spec}/checkpoint.pt")
-    assert saved["step"] == len(read_log(f"parts/{spec}/log.csv")) == 13
-    assert small_train("--recipe", spec, "--out", "parts", "--resume") == 0
-    assert "after step 13 of 24" in capsys.readouterr().out
-    whole = read_log(f"whole/{spec}/log.csv")
-    parts = read_log(f"parts/{spec}/log.csv")
-    for name in ("step", "loss", "val_loss", "grad_norm", "balance"):
-        assert [row[name] for row in whole] == [row[name] for row in parts], name
-    a = torch.load(f"whole/{spec}/model.pt")["model"]
-    b = torch.load(f"parts/{spec}/model.pt")["model"]
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert sorted(os.listdir(f"parts/{spec}")) == ["log.csv", "model.pt"]
-
-
-def test_long_runs_keep_a_checkpoint(small_train, monkeypatch):
-    for seconds, out in ((train_py.CHECKPOINT_SECONDS, "short"), (-1, "long")):
-        with monkeypatch.context() as patch, pytest.raises(MemoryError):
-            patch.setattr(train_py, "CHECKPOINT_SECONDS", seconds)
-            before_step(patch, 15, run_out_of_memory)
-            small_train("--out", out)
-    assert os.listdir("short/flow") == ["log.csv"]
-    assert torch.load("long/flow/checkpoint.pt")["step"] == 14
-    with open("long/flow/log.csv", "a") as log:
-        log.write("14,9.9,nan,1.0,1.0,1.0,1.0\n")                   # a step after the checkpoint
-    assert small_train("--out", "long", "--resume") == 0
-    assert [int(row["step"]) for row in read_log("long/flow/log.csv")] == list(range(24))
-
-
-def test_a_full_disk_leaves_what_was_there(small_train, monkeypatch, capsys):
-    def half_of_a_file(contents, path):
-        Path(path).write_bytes(b"half of a file")
-        raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        before_step(patch, 5, ask_to_stop)
-        assert small_train("--out", "x") == 130
-    before = Path("x/flow/checkpoint.pt").read_bytes()
-    monkeypatch.setattr(torch, "save", half_of_a_file)
-    capsys.readouterr()
-    assert small_train("--out", "x", "--resume") == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "No space left" in last and "model.pt" in last and "--out x --resume" in last
-    assert sorted(os.listdir("x/flow")) == ["checkpoint.pt", "log.csv"]
-    assert Path("x/flow/checkpoint.pt").read_bytes() == before
-
-
-def test_finished_runs_are_reused_refused_or_cleared(small_train, capsys):
-    assert small_train("--recipe", "bf16", "--steps", 3, "--out", "x") == 0
-    log = Path("x/bf16/log.csv").read_bytes()
-    assert small_train("--compare", "bf16", "flow", "--steps", 3, "--out", "x", "--resume") == 0
+def test_the_same_command_goes_on(small_train, capsys, monkeypatch):
+    assert small_train("bf16", "--out", "x") == 0
+    before = {path: path.read_bytes() for path in Path("x/bf16").iterdir()}
+    assert small_train("bf16", "flow", "--out", "x") == 0
     assert "bf16, seed 0 has finished before" in capsys.readouterr().out
-    assert Path("x/bf16/log.csv").read_bytes() == log
-    assert [row["recipe"] for row in read_log("x/compare.csv")] == ["bf16", "flow"]
-    for changes, says in ((["--lr", "1e-3"], "lr=0.004, not 0.001"), (["--seed", "1"], "seed=0"),
+    assert {path: path.read_bytes() for path in Path("x/bf16").iterdir()} == before
+    assert [row["recipe"] for row in read_csv("x/compare.csv")] == ["bf16", "flow"]
+    for changes, says in ((["--lr", "1e-3"], "lr=0.004, not 0.001"), (["--eager"], "eager=False"),
+                          (["--seeds", "1"], "seed=0, not 1"), (["--save"], "save=False"),
                           (["--compile"], "compile=False, not True")):
-        with pytest.raises(SystemExit):
-            small_train("--recipe", "bf16", "--steps", 3, "--out", "x", "--resume", *changes)
-        assert says in capsys.readouterr().err.splitlines()[-1]
-    for foreign in ("x/mine.txt", "x/bf16/mine.txt"):
-        Path(foreign).write_text("mine")
-    Path("x/notes").mkdir()
-    Path("x/notes/log.csv").write_text("mine")
-    assert small_train("--recipe", "naive", "--steps", 3, "--out", "x", "--overwrite") == 0
-    left = sorted(str(path) for path in Path("x").rglob("*") if path.is_file())
-    assert left == ["x/bf16/mine.txt", "x/compare.csv", "x/loss.png", "x/mine.txt",
-                    "x/naive/log.csv", "x/naive/model.pt", "x/notes/log.csv"]
-
-
-def test_a_loss_that_is_not_finite_ends_its_run_alone(small_train, monkeypatch, capsys):
-    def poison(model):
-        model.head.weight.register_hook(lambda gradient: gradient * math.inf)
-    before_step(monkeypatch, 4, poison)                             # of bf16, which comes first
-    assert small_train("--compare", "bf16", "flow", "--out", "x") == 1
-    error = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
-    assert len(error) == 1 and "bf16, seed 0" in error[0]
-    assert "gradient of head.weight" in error[0] and not Path("x/bf16/model.pt").exists()
-    assert [row["step"] for row in read_log("x/bf16/log.csv")] == ["0", "1", "2"]
-    assert [row["recipe"] for row in read_log("x/compare.csv")] == ["flow"]
-
-
-def test_too_little_memory_ends_its_run_alone(small_train, monkeypatch, capsys):
-    def exhaust(model):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    before_step(monkeypatch, 4, exhaust)                            # of bf16, which comes first
-    assert small_train("--compare", "bf16", "flow", "--out", "x") == 1
-    assert "bf16, seed 0: the GPU's memory does not suffice" in capsys.readouterr().err
-    assert [row["recipe"] for row in read_log("x/compare.csv")] == ["flow"]
-
-
-def test_a_loss_that_is_not_finite_is_named(small_train, monkeypatch, capsys):
+        assert small_train("bf16", "--out", "x", *changes) == 2
+        error, = capsys.readouterr().err.splitlines()
+        assert says in error and "x/bf16/row.json" in error
     with monkeypatch.context() as patch:
-        before_step(patch, 2, lambda model: model.head.weight.data.fill_(math.nan))
-        assert small_train("--steps", 3, "--out", "x") == 1
-    assert "flow, seed 0: the loss is not finite" in capsys.readouterr().err
+        patch.setattr(torch, "__version__", "9.9")
+        assert small_train("bf16", "--out", "x") == 2
+        assert "not 9.9" in capsys.readouterr().err
+    with train_py.locked(Path("x")):                        # as another process would hold it
+        assert small_train("naive", "--out", "x") == 2
+    assert "another process trains in x" in capsys.readouterr().err
+
+
+def test_killed_and_started_again(files):
+    """kill -9 in the middle of the second run; then the same command."""
+    command = [sys.executable, str(ROOT / "train.py"), "bf16", "flow", "--preset", "tiny", "--steps",
+               "40", "--data", str(files / "text"), "--out", "x", "--batch", "2", "--seq-len", "32"]
+    # Started on its own: this process may have the interpreter, and no GPU to spare.
+    environment = plain_environment(CUDA_VISIBLE_DEVICES="")
+    log = Path("x/flow/log.csv")
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 5):
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+    before = {path: path.read_bytes() for path in Path("x/bf16").iterdir()}
+    assert sorted(os.listdir("x")) == ["bf16", "flow", train_py.LOCK]
+    assert os.listdir("x/flow") == ["log.csv"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in Path("x/bf16").iterdir()} == before
+    assert len(read_csv("x/flow/log.csv")) == 40
+    assert [row["recipe"] for row in read_csv("x/compare.csv")] == ["bf16", "flow"]
+    assert Path("x/loss.png").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_its_run_alone(small_train, monkeypatch, capsys):
+    def poison(gpt):
+        gpt.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    before_forward(monkeypatch, DISCARDED + 2, poison)          # in step 1 of bf16
+    assert small_train("bf16", "flow", "--out", "x") == 1
+    error, = [line for line in capsys.readouterr().err.splitlines() if "lower --lr" in line]
+    assert "bf16, seed 0: step 1 has" in error and os.listdir("x/bf16") == ["log.csv"]
+    assert [row["step"] for row in read_csv("x/bf16/log.csv")] == ["0"]
+    assert [row["recipe"] for row in read_csv("x/compare.csv")] == ["flow"]
+
+
+def test_a_loss_that_is_not_finite_ends_its_run(small_train, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        before_forward(patch, DISCARDED + 1, lambda gpt: gpt.head.weight.data.fill_(math.nan))
+        assert small_train("flow", "--out", "x") == 1
+    assert "flow, seed 0: step 0 has the loss nan" in capsys.readouterr().err
     monkeypatch.setattr(train_py, "validate", lambda *arguments: math.inf)
-    assert small_train("--steps", 3, "--out", "y") == 1
-    assert "flow, seed 0: the validation loss is not finite" in capsys.readouterr().err
+    assert small_train("flow", "--out", "y") == 1
+    assert "flow, seed 0: the validation loss is inf" in capsys.readouterr().err
     assert os.listdir("x/flow") == os.listdir("y/flow") == ["log.csv"]
 
 
-def test_a_loss_of_zero_in_the_table(small_train, monkeypatch):
-    monkeypatch.setattr(train_py, "validate", lambda *arguments: 0.0)
-    assert small_train("--compare", "bf16", "flow", "--steps", 2, "--out", "x") == 0
-    assert [row["delta_pct"] for row in read_log("x/compare.csv")] == ["nan", "nan"]
+def test_too_little_memory_ends_its_run_alone(small_train, monkeypatch, capsys):
+    def exhaust(gpt):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    before_forward(monkeypatch, 1, exhaust)
+    assert small_train("bf16", "flow", "--out", "x") == 1
+    error = capsys.readouterr().err
+    assert "bf16, seed 0: the GPU's memory does not suffice: lower --batch" in error
+    assert [row["recipe"] for row in read_csv("x/compare.csv")] == ["flow"]
+
+
+def test_ctrl_c_ends_in_a_line(small_train, monkeypatch, capsys):
+    def interrupt(gpt):
+        raise KeyboardInterrupt
+    before_forward(monkeypatch, DISCARDED + 2, interrupt)
+    assert small_train("flow", "--out", "x") == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "the same command with --out x goes on" in last and os.listdir("x/flow") == ["log.csv"]
 
 
 def test_seeds_and_the_ladder(small_train, capsys):
-    assert small_train("--compare", "bf16", "flow", "--seeds", 2, "--steps", 2, "--out", "y") == 0
-    assert [row["seed"] for row in read_log("y/compare.csv")] == ["0", "0", "1", "1"]
-    assert Path("y/seed-1/flow/log.csv").exists() and "standard error" in capsys.readouterr().out
+    assert small_train("bf16", "flow", "--out", "y", "--seeds", 3, 0) == 0
+    assert [row["seed"] for row in read_csv("y/compare.csv")] == ["3", "3", "0", "0"]
+    assert Path("y/seed-3/flow/log.csv").exists() and "standard error" in capsys.readouterr().out
     losses = [("bf16", 0, 1.0), ("bf16", 1, 2.0), ("flow", 0, 1.01), ("flow", 1, 2.06)]
-    train_py.print_seeds([{"recipe": r, "seed": s, "val_loss": v} for r, s, v in losses])
-    last = capsys.readouterr().out.splitlines()[-1]                 # differences of 1% and 3%
+    train_py.print_seeds(train_py.compare(
+        [{"recipe": r, "seed": s, "val_loss": v, "tokens_per_s": 1.0} for r, s, v in losses]))
+    last = capsys.readouterr().out.splitlines()[-1]             # differences of 1% and 3%
     assert "1.5350, standard deviation 0.7425; +2.000% over bf16, standard error 1.000%" in last
-    assert small_train("--ablate", "--steps", 2, "--out", "x") == 0
-    casts = [row["casts"] for row in read_log("x/compare.csv")]
+    assert small_train("--ablate", "--steps", 1, "--out", "x") == 0
+    casts = [row["casts"] for row in read_csv("x/compare.csv")]
     assert casts == ["0", "12", "8", "8", "4", "2", "2", "10"]
 
 
-def test_weights_are_cast_around_the_micro_batches(monkeypatch):
-    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
-    events = []
-
-    @contextlib.contextmanager
-    def recorded(gpt):
-        events.append("cast")
-        yield
-        events.append("drop")
-
-    def record_step(*arguments):
-        events.append("step")
-
-    def record_forward(*arguments):
-        events.append("forward")
-    preset = train_py.replace(train_py.PRESETS["tiny"], seq_len=16)
-    gpt = model.GPT(preset, fp8flow.RECIPES["flow"])
-    gpt.register_forward_pre_hook(record_forward)
-    optimizer = torch.optim.AdamW(gpt.parameters())
-    optimizer.register_step_pre_hook(record_step)
-    monkeypatch.setattr(train_py, "weights_cast_once", recorded)
-    window = torch.randint(256, (1, 1, 17))
-    once = train_py.train_step(gpt, optimizer, window, 0.0)         # leaves the weights as they are
-    events.clear()
-    twice = train_py.train_step(gpt, optimizer, window.expand(2, -1, -1), 0.0)
-    assert once == pytest.approx(twice, rel=1e-3)                   # means over the micro-batches
-    assert events == ["cast", "forward", "forward", "drop", "step"]
-    assert all(weight.grad is None for weight in gpt.parameters())
-    events.clear()
-    train_py.validate(gpt, torch.zeros(100, dtype=torch.uint8), preset)
-    assert events == ["cast", *["forward"] * preset.val_batches, "drop"]
-
-
-def test_gradients_are_clipped(monkeypatch):
-    monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
+def test_gradients_are_clipped(small_train, monkeypatch):
+    """To CLIP, whatever their norm: plain gradient descent then moves by learning rate * CLIP."""
     monkeypatch.setattr(train_py, "CLIP", 0.01)
-    gpt = model.GPT(train_py.PRESETS["tiny"], fp8flow.RECIPES["bf16"])
-    before = [weight.detach().clone() for weight in gpt.parameters()]
-    sgd = torch.optim.SGD(gpt.parameters())
-    _, _, norm = train_py.train_step(gpt, sgd, torch.randint(256, (1, 2, 17)), 1.0)
+    make_model = train_py.make_model
+    seen = []
+
+    def with_sgd(run, device):
+        gpt, _ = make_model(run, device)
+        seen.append((gpt, [weight.detach().clone() for weight in gpt.parameters()]))
+        return gpt, torch.optim.SGD(gpt.parameters())
+    monkeypatch.setattr(train_py, "make_model", with_sgd)
+    assert small_train("bf16", "--steps", 1, "--lr", 1.0, "--out", "x") == 0
+    (gpt, before), = seen
     moved = [(weight - old).norm() for weight, old in zip(gpt.parameters(), before)]
-    assert norm > 0.1 and torch.stack(moved).norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert torch.stack(moved).norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert float(read_csv("x/bf16/log.csv")[0]["grad_norm"]) > 0.1
 
 
-def test_in_a_thread_and_sampling(files, small_train, monkeypatch, capsys):
-    """A notebook calls main(...) where no signal handler may be set; then its model continues."""
+def test_in_a_thread(small_train, capsys):
+    """As a notebook calls it."""
     codes = []
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", None)
-        thread = threading.Thread(
-            target=lambda: codes.append(small_train("--steps", 2, "--out", "x")))
-        thread.start()
-        thread.join()
+    thread = threading.Thread(target=lambda: codes.append(small_train("bf16", "--out", "x")))
+    thread.start()
+    thread.join()
     assert codes == [0]
-    generate = model.GPT.generate
-    monkeypatch.setattr(model.GPT, "generate",
-                        lambda gpt, prompt, n, seed: generate(gpt, prompt, 4, seed))
+
+
+def test_any_backend_of_matplotlib(files):
+    """What a notebook's shell sets must not be installed."""
+    code = "import train, tools.trace, tools.bench, tools.probe; train.make_parser().format_help()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=plain_environment(MPLBACKEND="module://not_installed"))
+    assert done.returncode == 0, done.stderr
+
+
+GENERATE = model.GPT.generate    # which small_train replaces
+
+
+def test_saved_weights_continue_a_text(small_train, monkeypatch, capsys):
+    """By README's own lines, from the same weights."""
+    written = []
+
+    def keep(gpt, prompt, n):
+        written.append(GENERATE(gpt, prompt, 20))
+        return b""
+    monkeypatch.setattr(model.GPT, "generate", keep)
+    assert small_train("flow", "--out", "out/1", "--save") == 0
+    monkeypatch.setattr(model.GPT, "generate", GENERATE)
+    pieces = re.findall(r"(?:^    .*\n|^\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
+    lines, = [piece for piece in pieces if "torch.load(" in piece]
     capsys.readouterr()
-    arguments = ["--sample", "x/flow", "--prompt", "the cat", "--device", "cpu"]
-    assert train_py.main(arguments) == 0
-    assert capsys.readouterr().out.startswith("the cat")
+    exec(textwrap.dedent(lines).replace(", 400)", ", 20)"), {})
+    assert capsys.readouterr().out == written[0].decode("utf-8", "replace") + "\n"
 
 
 def test_compile_is_for_what_is_not_the_experts(small_train, monkeypatch):
     compiled = []
     monkeypatch.setattr(model.Block, "compile", lambda block: compiled.append(block))
-    assert small_train("--steps", 2) == 0 and compiled == []
-    assert small_train("--steps", 2, "--compile") == 0 and len(compiled) == 2
-    assert Path("out/2/flow/model.pt").exists()                     # the next free folder
+    assert small_train("flow") == 0 and compiled == []
+    assert small_train("flow", "--compile") == 0 and len(compiled) == 2
 
 
-@pytest.mark.skipif(not CUDA, reason="asks CUDA who waits")
-def test_no_micro_batch_waits_for_the_gpu():
-    preset = train_py.PRESETS["tiny"]
-    gpt = model.GPT(preset, fp8flow.RECIPES["flow"]).cuda()
-    text = torch.zeros(1000, dtype=torch.uint8, device="cuda")
-    for mode in ("default", "error"):                               # the first one compiles
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            windows = train_py.draw_windows(text, 0, 0, preset)
-            with fp8flow.weights_cast_once(gpt):
-                train_py.backward(gpt, windows[0], 1.0)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+# ---- training on a GPU: recorded, or called where a step waits -----------------------------------
+
+ON_A_GPU = pytest.mark.skipif(not CUDA, reason="records CUDA graphs")
+RECORDS = CUDA and torch.cuda.get_device_capability()[0] in (9, 10)     # torch's grouped_mm, too
+
+
+@ON_A_GPU
+def test_recorded_losses_are_those_of_called_steps(files):
+    """20 steps, bit for bit."""
+    for how, says in (([], "recorded as a CUDA graph"), (["--eager"], "called, as --eager asks")):
+        command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--steps", "20",
+                   "--deterministic", "--out", f"x{''.join(how)}", *how]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(says) == (3 if RECORDS or how else 2), done.stdout
+    for recipe in fp8flow.RECIPES:
+        recorded = [row["loss"] for row in read_csv(f"x/{recipe}/log.csv")]
+        assert recorded == [row["loss"] for row in read_csv(f"x--eager/{recipe}/log.csv")]
+        assert len(set(recorded)) == 20
+
+
+@ON_A_GPU
+def test_what_waits_is_called(small_train, monkeypatch, capsys):
+    """The twins, and a bf16 layer that reads a number of its result."""
+    assert small_train("flow", "--out", "x") == 0           # small_train forces the twins.
+    assert "called: a step waits for the device" in capsys.readouterr().out
+    monkeypatch.undo()
+    grouped_mm = fp8flow.torch_grouped_mm
+
+    def waiting(*arguments):
+        result = grouped_mm(*arguments)
+        assert math.isfinite(result[0, 0].item()) or True
+        return result
+    monkeypatch.setattr(fp8flow, "torch_grouped_mm", waiting)
+    assert train_py.main(["bf16", "--preset", "tiny", "--steps", "3", "--out", str(Path("y"))]) == 0
+    assert "called: a step waits for the device" in capsys.readouterr().out
 
 
 # ---- tools/: what the programs around the lesson say ---------------------------------------------
@@ -2126,27 +2102,33 @@ def test_no_micro_batch_waits_for_the_gpu():
 @pytest.mark.parametrize("spec, launches, casts", [("naive", 32, 12), ("flow", 18, 2),
                                                    ("bf16", 12, 0)])
 def test_the_launches_of_a_layer(spec, launches, casts, twins_on_cpu, capsys):
-    originals = (kernels.quantize, kernels.sum_rows, fp8flow.torch_grouped_mm)
-    found = trace.launches_of(spec, bench.Size(64, 128, 128, 4, 2), DEVICE)
-    assert originals == (kernels.quantize, kernels.sum_rows, fp8flow.torch_grouped_mm)
+    grouped_mm = fp8flow.torch_grouped_mm
+    every = trace.launches_of(spec, bench.Size(64, 128, 128, 4, 2), DEVICE)
+    assert grouped_mm is fp8flow.torch_grouped_mm and kernels.hooks == []
+    plan = [launch.op for launch in every if launch.place is None]
+    assert plan == ["torch.sort", "torch.searchsorted", "plan_slots"]
+    found = [x for x in every if x.place and x.op != "quantize_weight"]
+    assert len(every) - len(found) == (3 if spec == "bf16" else 5)
     assert (len(found), len([x for x in found if x.cast])) == (launches, casts)
-    assert all(x.tensor and x.direction and x.bytes() > 0 for x in found)
-    gemms = [(x.tensor, x.direction) for x in found if "grouped" in x.op]
+    assert all(x.place.tensor and x.place.direction and x.bytes() > 0 for x in found)
+    gemms = [(x.place.tensor, x.place.direction) for x in found if "grouped" in x.op]
     assert gemms == [("H", "forward"), ("Y", "forward"), ("dA", "backward"), ("dX", "backward"),
                      ("dW2", "backward"), ("dW1", "backward")]
     trace.print_launches(spec, bench.Size(64, 128, 128, 4, 2), DEVICE)
-    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == [str(launches), str(casts)]
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert last[:2] == [str(len(every)), str(casts)]
 
 
 def test_bytes_of_a_launch(twins_on_cpu):
-    """Slots of unused tiles move nothing: here one tile of three."""
-    rows = torch.zeros(384, dtype=torch.int64, device=DEVICE)
-    tile_expert = torch.tensor([0, -1, 2], dtype=torch.int32, device=DEVICE)
+    """Slots of unused tiles move nothing: here 200 pairs of one expert in two tiles of four."""
     with trace.record_launches() as launches:
-        y = kernels.gather_rows(data("plain", 4, 256), rows, tile_expert)
-        kernels.sum_rows(y, rows[:4, None])             # the same slots, though nobody says so
-    assert launches[0].bytes() == 4 * 256 * 2 + 256 * 8 + 3 * 4 + 256 * 256 * 2
-    assert launches[1].bytes() == 256 * 256 * 2 + 4 * 8 + 4 * 256 * 2
+        plan = fp8flow.make_plan(torch.zeros(100, 2, dtype=torch.int64, device=DEVICE), 2)
+        y = kernels.gather_rows(data("plain", 100, 256), plan.token, plan.tile_expert)
+        kernels.sum_rows(y, plan.slot)
+    assert len(plan.tile_expert) == 4 and plan.ends.tolist() == [256, 256]
+    gather, total = launches[-2:]
+    assert gather.bytes() == 100 * 256 * 2 + 256 * 8 + 4 * 4 + 256 * 256 * 2
+    assert total.bytes() == 256 * 256 * 2 + 200 * 8 + 100 * 256 * 2
 
 
 def test_what_the_trace_explains(twins_on_cpu, capsys):
@@ -2169,21 +2151,19 @@ def test_what_the_trace_explains(twins_on_cpu, capsys):
 @pytest.mark.parametrize("spec", ["bf16", "naive", "flow", "flow,permute=unfused"])
 def test_the_profiler_sees_what_the_trace_says(spec):
     from torch.profiler import ProfilerActivity, profile
-    layer = fp8flow.Layer(spec, *fp8flow.random_layer(1000, 256, 384, 5, 2, DEVICE))
+    layer = bench.Layer(spec, bench.random_inputs(bench.Size(1000, 256, 384, 5, 2), DEVICE))
     layer.step()                                                        # compiled before
     with trace.record_launches() as launches, profile(activities=[ProfilerActivity.CUDA]) as prof:
         layer.step()
         torch.cuda.synchronize()
-    ours = re.compile(r"_(quantize|dequantize|scaling_aware_transpose|transpose|requantize|swiglu|"
-                      r"swiglu_backward|gather_rows|sum_rows|hopper_gemm|grouped_gemm)_kernel")
+    ours = re.compile(r"_(\w+)_kernel$")
     events = sorted(prof.events(), key=lambda event: event.time_range.start)
     matches = [ours.match(event.name) for event in events]
-    is_hopper = kernels.use_hopper_gemm(torch.empty(0, device=DEVICE))
-    gemm = "hopper_gemm" if is_hopper else "grouped_gemm"
-    kernel = {"swiglu_quantize": "swiglu", "swiglu_backward_quantize": "swiglu_backward",
-              "grouped_gemm": gemm, "grouped_wgrad": gemm}
-    assert [match[1] for match in matches if match] == [
-        kernel.get(launch.op, launch.op) for launch in launches if launch.op != "torch_grouped_mm"]
+    is_hopper = kernels.use_hopper_gemm(torch.device("cuda:0"))
+    gemms = {"grouped_gemm": "hopper_gemm", "grouped_wgrad": "hopper_gemm"} if is_hopper else {}
+    ran = [match[1] for match in matches if match]
+    assert ran == [gemms.get(launch.op, launch.op) for launch in launches
+                   if not launch.op.startswith("torch")]
 
 
 def test_bench_routes_as_it_says():
@@ -2194,27 +2174,36 @@ def test_bench_routes_as_it_says():
     assert balanced.tolist() == 16 * [64 * 2 // 16]
 
 
+def test_sqnr_by_hand():
+    x = torch.tensor([3.0, 4.0])
+    assert sqnr(x, x) == math.inf == sqnr(0 * x, 0 * x) and sqnr(x, 0 * x) == -math.inf
+    assert sqnr(1.1 * x, x) == pytest.approx(20, abs=1e-3)      # an error of a tenth
+
+
 @pytest.mark.skipif(not CUDA, reason="times need a GPU")
 def test_bench_runs(monkeypatch, tmp_path, capsys):
     size = bench.Size(1024, 256, 384, 4, 2)
-    monkeypatch.setattr(bench, "LAYERS", (size,))
-    for name in ("PAPER", "WIDE", "TRAINING"):
-        monkeypatch.setattr(bench, name, ())
+    monkeypatch.setattr(bench, "LAYERS", {"layer 1": size})
+    monkeypatch.setattr(bench, "PAPER", {})
+    monkeypatch.setattr(bench, "MIXTRAL", size)
+    case = ({"layer 1": size}, "random", torch.bfloat16)
+    monkeypatch.setattr(bench, "CASES", ((*case, False, True), (*case, True, False)))
     bench.main(["kernels", "--csv", str(tmp_path / "kernels.csv")])
     bench.main(["layer", "flow", "naive", "--csv", str(tmp_path / "layer.csv")])
-    quantize = read_log(tmp_path / "kernels.csv")[0]
+    quantize = read_csv(tmp_path / "kernels.csv")[0]
     moved = 3 * 1024 * 256                      # bf16 in, FP8 out; GB/s are bytes a nanosecond
     assert float(quantize["rate"]) == pytest.approx(moved / float(quantize["us"]) / 1e3, rel=1e-2)
-    flow = [row for row in read_log(tmp_path / "layer.csv") if row["spec"] == "flow"]
-    assert float(flow[0]["sqnr_y"]) > 20 and float(flow[0]["ms"]) > 0
+    flow = [row for row in read_csv(tmp_path / "layer.csv") if row["spec"] == "flow"]
+    assert [row["weights"] for row in flow] == ["bfloat16", "bfloat16, frozen"]
+    assert float(flow[0]["sqnr_y"]) > 20 and float(flow[0]["ms"]) > 0 and flow[1]["sqnr_dw1"] == ""
     rows = [float(row["ms"]) for row in draw.read_layer(tmp_path / "layer.csv")]
     assert len(rows) == 3 and draw.draw_layer(tmp_path).exists()
 
 
 @pytest.mark.parametrize("tool, words, sentence", [
-    ("trace", "flow,scales=fp32", "SPEC flow,scales=fp32"), ("bench", "kernels gem", "NAME='gem'"),
-    ("bench", "kernels --repeat 0", "--repeat 0"), ("bench", "layer flow fast", "SPEC fast"),
-    ("bench", "layer", "there is no GPU"), ("probe", "0", "N 0"), ("probe", "--steps 0", "steps=0"),
+    ("trace", "flow,scales=fp32", "SPEC flow,scales=fp32"), ("bench", "layer flow fast", "'fast'"),
+    ("bench", "kernels flow", "kernels takes no SPEC"), ("bench", "layer", "there is no GPU"),
+    ("probe", "0", "N 0"), ("probe", "--steps 0", "steps must be positive; got 0"),
     ("probe", "1 --steps 1 --out /dev/null/x", "--out '/dev/null/x'"),
     ("draw", "everything", "NAME"), ("draw", "layer", "layer.csv cannot be read")])
 def test_tools_refuse_in_a_sentence(tool, words, sentence, monkeypatch, tmp_path, capsys):
@@ -2238,7 +2227,7 @@ def test_probe_by_hand(twins_on_cpu):
     assert found["amax"] == 1 and found["binades"] == 12
     assert found["underflow"] == pytest.approx(64 * 64 / (120 * 128))
     zeros = probe.look_at(probe.quantized(torch.zeros_like(x), plan), plan)     # no reason to stop
-    assert zeros["direct"] == float("-inf") and zeros["underflow"] == zeros["binades"] == 0
+    assert zeros["direct"] == math.inf and zeros["underflow"] == zeros["binades"] == 0
     # Where large and small rows meet in no column, only the direct transpose loses something; and
     # where no large row of dY meets them, it shows in the gradient.
     x[64:, 64:] = 0
@@ -2251,8 +2240,8 @@ def test_probe_by_hand(twins_on_cpu):
 
 
 def test_probe_sees_the_tensors_of_a_training(twins_on_cpu, monkeypatch, tmp_path):
-    text = torch.arange(5000).remainder(251).byte()
-    monkeypatch.setattr(train_py, "read_data", lambda *_: train_py.Data(text, text, "", ""))
+    text = bytearray(i % 251 for i in range(5000))
+    monkeypatch.setattr(train_py, "read_text", lambda path: (text, ""))
     path = tmp_path / "new" / "probe.csv"
     probe.main(["2", "--steps", "4", "--preset", "tiny", "--out", str(path)])
     rows = list(csv.DictReader(path.read_text().splitlines()))
@@ -2261,7 +2250,8 @@ def test_probe_sees_the_tensors_of_a_training(twins_on_cpu, monkeypatch, tmp_pat
     assert all(float(row["amax"]) > 0 and float(row["direct"]) > 25 for row in rows)
     assert rows[4]["amax"] != rows[5]["amax"]
     gpt = model.GPT(train_py.PRESETS["tiny"], probe.FLOW).to(DEVICE)
-    x, _, dy, *_ = probe.probe(gpt, text[:1032].view(8, 129).long().to(DEVICE), 1)
+    window = torch.frombuffer(text, dtype=torch.uint8)[:1032].view(8, 129).long()
+    x, _, dy, *_ = probe.probe(gpt, window.to(DEVICE), 1)
     assert 1 < x["amax"] < 10 and dy["amax"] < 0.01     # normalised; the gradient of a mean
     assert all(weight.grad is None for weight in gpt.parameters())
 
@@ -2282,16 +2272,15 @@ def test_pictures_fit_a_page(twins_on_cpu, monkeypatch, tmp_path, capsys):
 
 
 def test_bytes_are_those_of_the_trace(twins_on_cpu):
-    """Zeros in place of products change no byte, and each launch is of one kind."""
+    """Each launch is of one kind."""
     for spec, casts in (("naive", 12), ("flow", 2)):
-        launches = trace.launches_of(spec, SMALL, "cpu")
-        expected = dict.fromkeys(bench.SHARES, 0.0)
-        for launch in launches:
-            expected[draw.kind_of_launch(launch)] += launch.bytes() / 1e6
-        assert draw.megabytes_of(spec, SMALL) == pytest.approx(list(expected.values()))
-        kinds = [draw.kind_of_launch(launch) for launch in launches]
-        assert [kinds.count(kind) for kind in ("GEMM", "transpose", "SwiGLU", "cast", "other")] == [
-            6, 4, 2, casts, 0]
+        launches = trace.launches_of(spec, SMALL, DEVICE)
+        moved = sum(launch.bytes() for launch in launches)
+        assert sum(draw.megabytes_of(spec, SMALL)) == pytest.approx(moved / 1e6)
+        kinds = ["cast" if launch.cast else bench.kind_of(launch.op) for launch in launches]
+        counts = [kinds.count(kind) for kind in bench.SHARES]
+        permutes = 8 if spec == "naive" else 4
+        assert counts == [2, 6, 4, 2, casts, permutes, 3]
 
 
 def test_the_walk_shows_every_case(twins_on_cpu, capsys):

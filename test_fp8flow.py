@@ -1072,14 +1072,17 @@ def test_any_dtype_comes_back(dtype, spec, twins_on_cpu):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masters_in_any_dtype(dtype, twins_on_cpu):
+    """The bits of fp32 masters that hold the same numbers; gradients are rounded once, to dtype."""
     inputs = small_inputs()
+    inputs.w1 = inputs.w1.to(dtype).float()
+    inputs.w2 = inputs.w2.to(dtype).float()
     want = run_layer("flow", inputs)
     inputs.w1 = inputs.w1.to(dtype)
     inputs.w2 = inputs.w2.to(dtype)
     got = run_layer("flow", inputs)
     assert got[3].dtype == got[4].dtype == dtype
-    for a, b in zip(got, want):
-        assert sqnr(a, b) > 25
+    for name, a, b in zip(NAMES, got, want):
+        assert torch.equal(a, b.to(a.dtype)), name
 
 
 @pytest.mark.parametrize("spec", ["bf16", "flow"])
@@ -1430,6 +1433,33 @@ def test_casts(spec, number):
     assert kernels.hooks == []                  # Who counts leaves nothing behind.
 
 
+@pytest.mark.parametrize("spec", ["naive", "naive,scales=pow2", "flow", "flow,swiglu=unfused",
+                                  "naive,transpose=requantize", "naive,swiglu=fused"])
+def test_every_fp8_tensor_has_the_scales_of_the_recipe(spec, monkeypatch, twins_on_cpu):
+    """Weights, too: the dB of a layer do not tell the one from the other."""
+    policies = set()
+
+    def note(name, arguments, result):
+        for x in result if type(result) is tuple else (result,):
+            if isinstance(x, QTensor):
+                policies.add(x.policy)
+                is_pow2 = (x.scale.log2() % 1 == 0).all()
+                assert is_pow2 == (x.policy == "pow2"), name
+    monkeypatch.setattr(kernels, "hooks", [note])
+    run_layer(spec, small_inputs())
+    assert policies == {fp8flow.parse_spec(spec).scales}
+
+
+def test_naive_casts_through_bf16(twins_on_cpu):
+    """DQ, transpose, Q' of naive: what lies between the casts is bf16, which rounds once more."""
+    plan = fp8flow.make_plan(torch.zeros(256, 1, dtype=torch.int64, device=DEVICE), 1)
+    q = kernels.quantize(data("plain", len(plan.token), 128), "fp32")
+    got = fp8flow.column_wise(q, plan, fp8flow.RECIPES["naive"])
+    want = kernels.quantize.twin(kernels.dequantize.twin(q).bfloat16().t(), "fp32")
+    assert torch.equal(got.data[:, :256].float(), want.data[:, :256].float())
+    assert torch.equal(got.scale[:2], want.scale[:2])
+
+
 @pytest.mark.parametrize("recipe", ["naive", "flow"])
 def test_the_margin_of_the_layer_tells_the_casts(recipe):
     """On each line of the layer, '# naive 5 6: DQ(dY) Q'(dY)' says which casts run there, and as
@@ -1566,7 +1596,7 @@ def test_the_layer_refuses():
         assert says in message and "\n" not in message, message
 
 
-@pytest.mark.parametrize("wrong", [-1, 3])
+@pytest.mark.parametrize("wrong", [-1, 3, 2 ** 40])
 def test_no_index_out_of_range(wrong, twins_on_cpu):
     """ValueError on a CPU; on a GPU an assertion of the device, which the process does not
     survive."""
@@ -1574,8 +1604,7 @@ def test_no_index_out_of_range(wrong, twins_on_cpu):
         inputs = Inputs(20, 128, 128, 3, 2)
         inputs.index[7, 1] = wrong
         for spec in ("bf16", "flow"):
-            with pytest.raises(ValueError, match=f"^top_k_index must hold experts from 0 to 2.*"
-                                                 f"{wrong}"):
+            with pytest.raises(ValueError, match="^top_k_index must hold experts from 0 to 2"):
                 run_layer(spec, inputs)
         return
     code = f"""
@@ -1611,6 +1640,7 @@ def test_every_operation_has_a_twin_and_tells_the_hooks(monkeypatch):
         assert parameters[0] == parameters[1], name
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_the_door_refuses_what_has_no_memory():
     """In place of a DTensor, which needs a group of processes, a FakeTensor; and its like."""
     with FakeTensorMode():
@@ -1668,11 +1698,13 @@ def test_attention_normalises_queries_and_keys():
 
 def test_a_router_with_one_choice_learns(monkeypatch):
     monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
+    torch.manual_seed(0)
     config = train_py.replace(train_py.PRESETS["tiny"], top_k=1)
     moe = model.MoE(config, "bf16")
     y, _ = moe(torch.randn(1, 16, 128).bfloat16())
     y.float().square().sum().backward()
-    assert moe.router.weight.grad.abs().max() > 0
+    # p / p would leave rounding errors, 2e-5; here it is 82.
+    assert moe.router.weight.grad.abs().max() > 1e-2
 
 
 def test_generate_sees_what_came_before(monkeypatch):
@@ -1759,6 +1791,29 @@ def test_every_step_and_seed_has_windows_of_its_own():
             assert (windows.diff() % 256 == 1).all()
             seen[seed, step] = tuple(windows[:, 0].tolist())
     assert len(set(seen.values())) == 100
+
+
+def test_every_place_can_be_drawn():
+    """The last window ends with the text."""
+    preset = train_py.replace(train_py.PRESETS["tiny"], seq_len=8, batch=100)
+    windows = train_py.draw_windows(torch.arange(12, dtype=torch.uint8), 0, 0, preset)
+    assert set(windows[:, 0].tolist()) == {0, 1, 2, 3}
+
+
+def test_the_optimizer_by_hand(tmp_path):
+    """Without a gradient all weights shrink, by lr times 0.1."""
+    settings = {"recipe": "bf16", "seed": 0, "compile": False}
+    run = train_py.Run(tmp_path, train_py.PRESETS["tiny"], settings, None)
+    gpt, optimizer = train_py.make_model(run, torch.device(DEVICE))
+    before = [weight.detach().clone() for weight in gpt.parameters()]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    for weight in gpt.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    for weight, old in zip(gpt.parameters(), before):
+        assert torch.allclose(weight, 0.95 * old, rtol=1e-6, atol=0)
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
 
 
 def test_what_is_read(tmp_path):
@@ -2090,10 +2145,10 @@ def test_what_waits_is_called(small_train, monkeypatch, capsys):
 
     def waiting(*arguments):
         result = grouped_mm(*arguments)
-        assert math.isfinite(result[0, 0].item()) or True
+        result.sum().item()                     # The host waits.
         return result
     monkeypatch.setattr(fp8flow, "torch_grouped_mm", waiting)
-    assert train_py.main(["bf16", "--preset", "tiny", "--steps", "3", "--out", str(Path("y"))]) == 0
+    assert train_py.main("bf16 --preset tiny --steps 3 --out y".split()) == 0
     assert "called: a step waits for the device" in capsys.readouterr().out
 
 

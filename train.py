@@ -186,7 +186,8 @@ class Run:
 
 def make_model(run: Run, device: torch.device) -> tuple[GPT, torch.optim.Optimizer]:
     torch.manual_seed(run.settings["seed"])
-    model = GPT(run.preset, parse_spec(run.settings["recipe"])).to(device)
+    with device:                                # Hundreds of millions of random numbers: there.
+        model = GPT(run.preset, parse_spec(run.settings["recipe"]))
     if run.settings["compile"]:
         for block in model.blocks:              # What is compiled ends where the experts begin.
             block.compile()

@@ -2,10 +2,11 @@
 (arXiv 2511.02302).
 
 An FP8 tensor is x ~ code * scale: a byte for every element, an fp32 scale for a block of 128 of
-them. A matrix product sums codes, and a scale can leave the sum only if it is constant along it. So
-blocks lie along the axis that is summed over: for outputs (fprop) and input gradients (dgrad) along
-a tensor's rows, for weight gradients (wgrad), which sum over tokens, along its columns. The same
-tensor is needed twice, with scales along either axis.
+them (of weights, for 128x128). A matrix product sums codes, 128 at a time, and a scale can leave
+such a sum only if it is constant along it. So blocks lie along the axis that is summed over: for
+outputs (fprop) and input gradients (dgrad) along a tensor's rows, for weight gradients (wgrad),
+which sum over tokens, along its columns. The same tensor is needed twice, with scales along either
+axis.
 
 An expert layer is two grouped linears, fc1 and fc2, around SwiGLU: H = X W1^T,
 A = SwiGLU(H) * prob, Y = A W2^T. In one forward and backward, four tensors besides the weights
@@ -21,9 +22,14 @@ The naive dataflow casts each of the four three times: quantize row-wise (Q), de
 quantize column-wise (Q'). That is 12 explicit casts, launches that do no more than change the
 precision of an activation or find new scales in it. And it rounds twice: a code at one scale is
 seldom a code at another. With powers of two as scales it is one: only its exponent changes, exactly
-while codes stay normal, 2^-6 or more. (The direct transpose shares one scale in a 128x128 tile:
-rows far smaller than the largest round to subnormal codes or vanish.) That leaves one dataflow with
-switches:
+while codes stay normal, 2^-6 or more.
+
+The direct transpose has a price: it shares one scale in a 128x128 tile, so that rows far smaller
+than the largest round to subnormal codes or vanish. Only wgrad reads its result, and wgrad can pay:
+there the rows of a tile are terms of one sum, in which the small ones hardly count. In fprop and
+dgrad each row has a result of its own, and they read the row-wise blocks.
+
+That leaves one dataflow with switches:
 
     switch      naive      flow      what flow removes
     transpose   unfused    direct    DQ and Q' of all four tensors: -8 casts (exponents are shifted)
@@ -31,10 +37,10 @@ switches:
     permute     unfused    fused     launches and traffic (permute and pad are one gather)
     scales      fp32       pow2      the double quantization error
 
-Q(X) at the entry of forward and Q(dY) at the entry of backward are left: 2 casts. Between the two
-values of `transpose` lies `requantize` (RQ): DQ, transpose and Q' in one launch, which counts as
-one cast a tensor. It moves hardly more bytes than the direct transpose, and with fp32 scales it
-rounds twice.
+Q(X) at the entry of forward and Q(dY) at the entry of backward are left: 2 casts. A third value of
+`transpose`, between the two, is `requantize` (RQ): DQ, transpose and Q' in one launch, which counts
+as one cast for each tensor. It moves hardly more bytes than the direct transpose, and with fp32
+scales it rounds twice.
 
 Weights are cast once in a forward: forward multiplies with W, and keeps W^T for backward. These
 casts are not among the twelve.
@@ -74,12 +80,12 @@ SWITCHES = {                            # what flow does comes first
 class Recipe:
     """How the expert layer computes. The defaults are `flow`. Raises ValueError for a combination
     that has no meaning."""
-    precision: str = "fp8"          # | "bf16": torch's grouped GEMM, no switches
-    transpose: str = "direct"       # shift exponents | "unfused": dequantize, transpose, quantize
-                                    # again | "requantize": these three in one launch
-    swiglu: str = "fused"           # with quantization | "unfused"
-    permute: str = "fused"          # with padding | "unfused": permute, then pad
-    scales: str = "pow2"            # | "fp32": amax/448
+    precision: str = "fp8"          # or "bf16": torch's grouped GEMM, no switches
+    transpose: str = "direct"       # shift exponents; or "unfused": dequantize, transpose, quantize
+                                    # again; or "requantize": these three in one launch
+    swiglu: str = "fused"           # with quantization; or "unfused"
+    permute: str = "fused"          # with padding; or "unfused": permute, then pad
+    scales: str = "pow2"            # or "fp32": amax/448
 
     def __post_init__(self):
         require(self.precision in ("fp8", "bf16"), "precision must be 'fp8' or 'bf16'",
@@ -99,10 +105,16 @@ RECIPES = {
     "naive": Recipe(transpose="unfused", swiglu="unfused", permute="unfused", scales="fp32"),
     "flow": Recipe(),
 }
-# bf16, from naive to flow a switch at a time, and from flow one step back.
-LADDER = ["bf16", "naive", "naive,transpose=requantize", "naive,transpose=requantize,scales=pow2",
-          "naive,transpose=direct,scales=pow2", "flow,permute=unfused", "flow",
-          "flow,transpose=unfused"]
+LADDER = [                              # what each step turns
+    "bf16",
+    "naive",
+    "naive,transpose=requantize",                       # transpose, halfway
+    "naive,transpose=requantize,scales=pow2",           # scales
+    "naive,transpose=direct,scales=pow2",               # transpose
+    "flow,permute=unfused",                             # swiglu
+    "flow",                                             # permute
+    "flow,transpose=unfused",                           # and from flow one step back
+]
 
 
 def parse_spec(spec: "str | Recipe") -> Recipe:
@@ -128,8 +140,8 @@ def parse_spec(spec: "str | Recipe") -> Recipe:
 @dataclass(frozen=True)
 class Plan:
     """Where each token goes. A pair is a token and one of its k experts. M slots hold the pairs
-    sorted by expert, each expert padded to a multiple of 128. Every shape is static: nothing waits
-    for the GPU."""
+    sorted by expert, each expert padded to a multiple of 128. Every shape follows from T, k and E
+    alone, so nothing waits for the GPU."""
     slot: Tensor             # [T, k] int64  the slot of each pair
     token: Tensor            # [M] int64     the token in each slot, -1: padding
     pair: Tensor             # [M] int64     the pair t*k + choice in each slot, -1: padding
@@ -141,18 +153,19 @@ class Plan:
         return self.slot, self.token, self.pair, self.tile_expert, self.ends
 
     @functools.cached_property
-    def rows(self) -> "Rows":
-        """Made when the unfused permute first asks: nothing else reads them."""
+    def sorted_pairs(self) -> "SortedPairs":
+        """Made when the unfused permute first asks: nothing else reads it."""
         is_row = self.pair >= 0
         row_of_slot = torch.where(is_row, is_row.cumsum(0) - 1, -1)
         row_of_pair = row_of_slot[self.slot]
         slot_of_row = torch.empty_like(self.slot.flatten())
         slot_of_row[row_of_pair.flatten()] = self.slot.flatten()
-        return Rows(self.token[slot_of_row], slot_of_row, row_of_slot, row_of_pair)
+        return SortedPairs(self.token[slot_of_row], slot_of_row, row_of_slot, row_of_pair)
 
 
-class Rows(NamedTuple):
-    """The pairs sorted by expert, but not padded yet."""
+class SortedPairs(NamedTuple):
+    """The pairs sorted by expert, a row each, but not padded yet: in make_plan's example four rows,
+    with row_of_slot = [0 . . . 1 . . . 2 3 . . . . . .]."""
     token: Tensor            # [T*k] int64   the token of each row
     slot: Tensor             # [T*k] int64   the slot of each row
     row_of_slot: Tensor      # [M] int64     the row in each slot, -1: padding
@@ -164,8 +177,8 @@ def make_plan(top_k_index: Tensor, num_experts: int) -> Plan:
     -> Plan. No sync, no atomics.
 
     M = round_up(T*k + min(E, T*k)*127, 128) is enough, whatever the router does: an expert that
-    some token chose wastes at most 127 slots. Two tokens that choose experts 2, 0 and 2, 1 of
-    three, on paper with 4 in place of 128 (M = round_up(2*2 + 3*3, 4) = 16):
+    some token chose wastes at most 127 slots. An example with three experts and tiles of 4 instead
+    of 128. Token 0 chooses experts 2 and 0, token 1 chooses 2 and 1; M = round_up(4 + 3*3, 4) = 16:
 
                        expert 0 | expert 1 | expert 2 | unused
         pair         = [1 . . .   3 . . .    0 2 . .    . . . .]       a dot is -1
@@ -174,8 +187,8 @@ def make_plan(top_k_index: Tensor, num_experts: int) -> Plan:
         ends         = [4,        8,         12]
         slot         = [[8, 0], [9, 4]]                 of the two choices of each token
 
-    Raises ValueError for another dtype and, on a CPU, for an index out of range. On a GPU, where to
-    read it is to wait, that ends in an assertion of the device.
+    Raises ValueError for another dtype and, on a CPU, for an index out of range. On a GPU the host
+    would have to wait to see one: there the device asserts that there is none.
     """
     require(top_k_index.dtype in (torch.int32, torch.int64),
             "top_k_index holds numbers of experts: give it as int32 or int64", top_k_index.dtype)
@@ -231,16 +244,18 @@ def permute(x, plan: Plan, recipe: Recipe):
     """Tokens [T, D] (bf16 or FP8) -> slots [M, D], zeros in the padding."""
     if recipe.permute == "fused":
         return kernels.gather_rows(x, plan.token, plan.tile_expert)
-    rows = kernels.gather_rows(x, plan.rows.token)
-    return kernels.gather_rows(rows, plan.rows.row_of_slot, plan.tile_expert)
+    pairs = plan.sorted_pairs
+    x_sorted = kernels.gather_rows(x, pairs.token)
+    return kernels.gather_rows(x_sorted, pairs.row_of_slot, plan.tile_expert)
 
 
 def unpermute(y: Tensor, plan: Plan, recipe: Recipe) -> Tensor:
     """Slots [M, D] bf16 -> tokens [T, D] bf16: the sum of each token's k rows."""
     if recipe.permute == "fused":
         return kernels.sum_rows(y, plan.slot)
-    rows = kernels.gather_rows(y, plan.rows.slot)
-    return kernels.sum_rows(rows, plan.rows.row_of_pair)
+    pairs = plan.sorted_pairs
+    y_sorted = kernels.gather_rows(y, pairs.slot)
+    return kernels.sum_rows(y_sorted, pairs.row_of_pair)
 
 
 def swiglu_to_fp8(h: Tensor, prob: Tensor, plan: Plan, recipe: Recipe) -> QTensor:
@@ -263,11 +278,11 @@ def swiglu_backward_to_fp8(da: Tensor, h: Tensor, prob: Tensor, a: QTensor, plan
     return kernels.quantize(dh, recipe.scales, plan.tile_expert), dprob, a
 
 
-def column_wise(q: QTensor, plan: Plan, recipe: Recipe, rows: Tensor | None = None) -> QTensor:
+def column_wise(q: QTensor, plan: Plan, recipe: Recipe, token: Tensor | None = None) -> QTensor:
     """Row-wise FP8 [M, C] -> column-wise FP8 [C, M], for wgrad. The direct transpose can also
-    permute as it reads: then q is [T, C], and `rows` names the token of each slot."""
+    permute as it reads: then q is [T, C], and `token` names that of each slot."""
     if recipe.transpose == "direct":
-        return kernels.scaling_aware_transpose(q, rows, plan.tile_expert)
+        return kernels.scaling_aware_transpose(q, token, plan.tile_expert)
     if recipe.transpose == "requantize":
         return kernels.requantize(q, recipe.scales, plan.tile_expert)
     x = kernels.dequantize(q, torch.bfloat16, plan.tile_expert)
@@ -285,7 +300,7 @@ def keeps_x_unpermuted(recipe: Recipe) -> bool:
 
 def plain_backward(backward):
     """What both backwards below have in common: autocast around them would change their bits, and a
-    second derivative would be wrong without a word."""
+    second derivative would be silently wrong."""
     @functools.wraps(backward)
     def call(ctx, dy):
         if torch.is_grad_enabled():
@@ -296,8 +311,8 @@ def plain_backward(backward):
 
 
 class FP8Experts(torch.autograd.Function):
-    """The expert layer in FP8: a tensor a line. The margin numbers the explicit casts in the order
-    in which they run.
+    """The expert layer in FP8: a line for each tensor. The margin numbers the explicit casts in the
+    order in which they run.
 
     x [T, D] bf16, top_k_weights [T, k] fp32, w1 [E, 2F, D], w2 [E, D, F] -> [T, D] bf16.
     A name tells what x and dy are: _fp8 as they came, [T, D]; _slots permuted and padded, [M, D];
@@ -321,7 +336,8 @@ class FP8Experts(torch.autograd.Function):
         # too, since making it again from H would cost a cast. What is saved here is freed at the
         # end of backward; an attribute would live on.
         x_kept = x_fp8 if keeps_x_unpermuted(recipe) else x_slots
-        a_kept = a if recipe.swiglu == "unfused" else QTensor(None, None, recipe.scales)
+        nothing = QTensor(None, None, recipe.scales)
+        a_kept = a if recipe.swiglu == "unfused" else nothing
         ctx.save_for_backward(*plan.tensors(), h, prob, *x_kept[:2], *a_kept[:2], *w1_t[:2],
                               *w2_t[:2])
         ctx.recipe = recipe
@@ -332,7 +348,7 @@ class FP8Experts(torch.autograd.Function):
     @plain_backward
     def backward(ctx, dy):
         recipe = ctx.recipe
-        saved = ctx.saved_tensors       # asked for once, as checkpointing demands
+        saved = ctx.saved_tensors       # Once: torch.utils.checkpoint makes them in this call.
         plan = Plan(*saved[:5])
         h, prob = saved[5:7]
         x, a, w1_t, w2_t = qtensors(saved[7:], recipe.scales)
@@ -343,7 +359,7 @@ class FP8Experts(torch.autograd.Function):
         dy_slots = permute(dy_fp8, plan, recipe)
         da = kernels.grouped_gemm(dy_slots, w2_t, plan.tile_expert, plan.ends)
         dh, dprob, a = swiglu_backward_to_fp8(da, h, prob, a, plan, recipe)     # naive 4: Q(dH)
-        del da, dy_fp8                  # This memory serves what comes.
+        del da, dy_fp8                  # Their memory is free for the next tensors.
         if wants_dx:
             dx = kernels.grouped_gemm(dh, w1_t, plan.tile_expert, plan.ends)
             dx = unpermute(dx, plan, recipe)
@@ -354,8 +370,8 @@ class FP8Experts(torch.autograd.Function):
             del dy_slots, dy_columns, a, a_columns
         if wants_dw1:
             dh_columns = column_wise(dh, plan, recipe)                  # naive 9 10: DQ(dH) Q'(dH)
-            rows = plan.token if keeps_x_unpermuted(recipe) else None
-            x_columns = column_wise(x, plan, recipe, rows)              # naive 11 12: DQ(X) Q'(X)
+            token = plan.token if keeps_x_unpermuted(recipe) else None
+            x_columns = column_wise(x, plan, recipe, token)             # naive 11 12: DQ(X) Q'(X)
             dw1 = kernels.grouped_wgrad(dh_columns, x_columns, plan.ends, ctx.wgrad_dtype)
         return dx, dprob[plan.slot], dw1, dw2, None, None       # none for the plan and the recipe
 
@@ -420,7 +436,7 @@ class BF16Experts(torch.autograd.Function):
         return dx, dprob[plan.slot], dw1, dw2, None, None
 
 
-# ---- the layer, as a function and as a module: strangers enter here ------------------------------
+# ---- the layer for other people's models, as a function and as a module --------------------------
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -471,15 +487,16 @@ def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w1: Tensor, w
     recipe         a name, a spec or a Recipe
 
     Returns x's shape and dtype. D and F are multiples of 128. The weights are cast in every call,
-    so they are never stale. Only gradients that somebody wants are computed, and autocast outside
-    changes no bit inside, forward or backward. Zero tokens give zeros and zero gradients.
+    so they are never stale. Gradients of x, w1 and w2 are computed only where they are wanted, and
+    autocast outside changes no bit inside, forward or backward. Zero tokens give zeros and zero
+    gradients.
     Raises ValueError, without a sync, for anything else (an index out of range: see make_plan),
     and RuntimeError for a second derivative.
     """
     recipe = parse_spec(recipe)
     check_layer(x, top_k_index, top_k_weights, w1, w2)
     if x.numel() == 0:
-        # The result hangs on all inputs, so that each gets a gradient of zeros.
+        # The result depends on all inputs, so that each gets a gradient of zeros.
         nothing = top_k_weights.sum() + w1[0, 0, 0] + w2[0, 0, 0]
         return x + 0 * nothing.to(x.dtype)
     E, D, F = w2.shape
@@ -490,7 +507,8 @@ def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w1: Tensor, w
         weights = top_k_weights.reshape(plan.slot.shape).float()
         y = function.apply(tokens, weights, w1, w2, plan, recipe)
     y = y.to(x.dtype)
-    return y if x.ndim == 2 else y.view(x.shape)        # No view without need: FSDP2 warns.
+    # No view without need: FSDP2 warns of the view of a custom Function's output.
+    return y if x.ndim == 2 else y.view(x.shape)
 
 
 class Experts(nn.Module):

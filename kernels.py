@@ -6,10 +6,14 @@ scale is one fp32 number for a group of codes along the axis that a GEMM sums ov
 
     activation, row-wise      1 x 128 blocks                 fprop and dgrad
     weight                    128 x 128 tiles                the same tile serves W and W^T
-    activation, column-wise   transposed, one scale a tile   wgrad sums over tokens
+    activation, column-wise   transposed, 128 x 128 tiles    wgrad sums over tokens
                               (requantized: 1 x 128 blocks of the transposed tensor)
 
-An operation is three neighbours, always in this order:
+(Rows of a weight are of one size, so they can share a scale. Tokens differ.) In a GEMM the tensor
+core sums 128 products of codes, and the sum is *promoted*: multiplied by the two scales, and added
+to an fp32 sum. Then come the next 128.
+
+An operation is three parts, always in this order:
 
     quantize_twin             says in PyTorch what must come out, and runs anywhere
     _quantize_kernel          computes it, in Triton
@@ -25,12 +29,17 @@ tiles are used depends on the routing, which the host must not wait for. So tens
 the most there can be: `tile_expert` [M/128] names the expert of each tile, -1 for those at the end
 that no expert uses, and kernels skip these. `ends` [E] says where each expert's slots end.
 
-The first evening is everything up to the Hopper kernel: E4M3 and its scales, the door, quantize,
-the transposes, SwiGLU, the plan's slots, moving rows, weights, and the grouped GEMM as a loop. The
-second is the Hopper kernel, the last section: the same product without waiting, in Gluon.
+The first evening is everything up to the last section: E4M3 and its scales, the door, quantize, the
+transposes, SwiGLU, the plan's slots, moving rows, weights, and the grouped GEMM as a loop. The last
+section is the second evening: the same product for Hopper (H100, H200; compute capability 9), whose
+tensor core does not wait, in Gluon. That is Triton's lower level, where layouts, shared memory and
+barriers are in one's own hands.
 
 In kernels `r` and `c` are the rows and columns that a program works on, and `live` is the mask of
 those that exist. x + at is a block of pointers, which tl.load and tl.store follow.
+Padding and unused are two things: *padding* is slots of zeros at the end of an expert's last tile,
+*unused* are whole tiles at the end of all, in which nothing is written.
+
 Shapes: R rows, C columns of any matrix; T tokens, M padded token slots, F expert width, E experts;
 a GEMM is [M, K] times [N, K]^T (in wgrad M and N are widths, and K is the slots).
 """
@@ -66,8 +75,10 @@ _TILE = tl.constexpr(BLOCK)                 # Inside a kernel only constexprs ca
 _E4M3_MAX = tl.constexpr(E4M3_MAX)
 _SCALE_MIN = tl.constexpr(SCALE_MIN)
 _INF_BITS = tl.constexpr(0x7F800000)        # of fp32: as integers, finite magnitudes lie below it
-_MANTISSA_BITS = tl.constexpr(0x007FFFFF)
-_MANTISSA_OF_448 = tl.constexpr(0x00600000)     # 0.75 of 2^23, since 448 = 1.75 * 2^8
+FRACTION = 0x007FFFFF           # of fp32: the lowest 23 bits, what stands behind "1."
+FRACTION_OF_448 = 0x00600000    # 0.75 of 2^23, since 448 = 1.75 * 2^8
+_FRACTION = tl.constexpr(FRACTION)
+_FRACTION_OF_448 = tl.constexpr(FRACTION_OF_448)
 
 
 class QTensor(NamedTuple):
@@ -104,7 +115,8 @@ def empty_q(like: Tensor, *shape: int, policy: str, rows_per_scale: int = 1) -> 
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """FP8 goes through kernels as uint8: no load or store depends on how a compiler treats fp8."""
+    """FP8 goes through all kernels but the GEMMs as uint8: no load or store there depends on how a
+    compiler treats fp8."""
     return x.view(torch.uint8)
 
 
@@ -116,8 +128,8 @@ hooks = []                  # Each is called after every operation, with (name, 
 
 
 def require(condition: bool, sentence: str, *got) -> None:
-    """Raises ValueError with the sentence, and with what was got. These are put into words only
-    then: an f-string in each call would take longer than the check."""
+    """Raises ValueError with the sentence, and with what was got, which is put into words only
+    then."""
     if not condition:
         words = " and ".join(map(repr, got))
         raise ValueError(f"{sentence}; got {words}" if got else sentence)
@@ -153,6 +165,7 @@ def admit(x):
     """An argument as a kernel can read it: contiguous, with memory, on the current device."""
     if isinstance(x, QTensor):
         *experts, R, C = x.data.shape
+        # Divided by /, not //: a length that is no multiple of 128 shall fit nothing.
         layouts = [(*experts, C / BLOCK, R), (*experts, C / BLOCK, R / BLOCK)]
         require(x.scale.shape in layouts, "FP8 data [R, C] has scales [C/128, R] or [C/128, R/128]",
                 x.data.shape, x.scale.shape)
@@ -166,11 +179,11 @@ def admit(x):
 
 
 def operation(twin):
-    """The one door to a kernel, see the top of this file. Twin and launch take the same arguments;
-    a twin has no use for `tile_expert`, which only says what to skip.
+    """The one door to a kernel, see the top of this file. Twin and launch take the same arguments.
+    (Where `tile_expert` only says what to skip, a twin does not use it.)
 
-    op(...) runs the launch or the twin; op.twin is the twin. Raises ValueError for tensors without
-    memory or on another device than the current one.
+    op(...) runs the launch or the twin; op.twin is the twin. Before a launch it raises ValueError
+    for tensors without memory or on another device than the current one.
     """
     def decorate(launch):
         @functools.wraps(launch)
@@ -203,22 +216,22 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
     encodes with it, 1/scale.
 
     fp32: amax/448.   pow2: the smallest power of two >= amax/448. Thus 3.0 = 1.5 * 2^1 gets the
-    scale 2^-7, and its code is 384. (Above 1.94 * 2^127, code * scale can exceed fp32: then it is
-    Inf.)
+    scale 2^-7, and its code is 384. (An amax above 1.94 * 2^127 gets the code 256 and the scale
+    2^120, whose product is no fp32 number: it dequantizes to Inf.)
     A block of zeros gets SCALE_MIN, the smallest scale. A block with NaN or Inf gets SCALE_MIN and
     a factor of NaN, so all its codes become NaN.
     """
     finite = amax.isfinite()
     if IS_POW2[scales]:
-        # fp32 is a sign, 8 bits of biased exponent (127 is added) and 23 of mantissa. 3.0 has the
-        # biased exponent 128 and the mantissa 1.5, its scale 128 - 8 = 120, which stands for 2^-7.
-        # Where the mantissa exceeds that of 448 = 1.75 * 2^8, the scale must be twice as large.
+        # fp32 is a sign, 8 bits of biased exponent (127 is added) and 23 of fraction. 3.0 = 1.5 * 2
+        # has the biased exponent 128, its scale 128 - 8 = 120, which stands for 2^-7. Where the
+        # fraction exceeds that of 448 = 1.75 * 2^8, the scale must be twice as large.
         bits = amax.view(torch.int32)
-        rounds_up = (bits & 0x007FFFFF) > 0x00600000
+        rounds_up = (bits & FRACTION) > FRACTION_OF_448
         biased = (bits >> 23) - 8 + rounds_up.int()
         scale = (biased.clamp(min=1) << 23).view(torch.float32)     # 1 stands for 2^-126
     else:
-        # CUDA divides by a Python number through its inverse, which is off by an ulp.
+        # CUDA divides by a Python number through its inverse, whose last bit is off.
         scale = amax / torch.full_like(amax, E4M3_MAX)
         scale = scale.clamp(min=SCALE_MIN)
     scale = torch.where(finite, scale, SCALE_MIN)
@@ -231,11 +244,11 @@ def _scale_of(amax_bits, POW2: tl.constexpr):
     floats, Inf and NaN on top."""
     finite = amax_bits < _INF_BITS
     if POW2:
-        rounds_up = ((amax_bits & _MANTISSA_BITS) > _MANTISSA_OF_448).to(tl.int32)
+        rounds_up = ((amax_bits & _FRACTION) > _FRACTION_OF_448).to(tl.int32)
         biased = (amax_bits >> 23) - 8 + rounds_up              # of 3.0: 120
         biased = tl.maximum(tl.where(finite, biased, 1), 1)     # 1 stands for 2^-126
         scale = (biased << 23).to(tl.float32, bitcast=True)
-        # 1 / scale = 2^-exponent, whose biased exponent is 127 - exponent.
+        # scale = 2^(biased - 127), so 1 / scale = 2^(127 - biased): biased, that is 254 - biased.
         factor = ((2 * 127 - biased) << 23).to(tl.float32, bitcast=True)
     else:
         amax = amax_bits.to(tl.float32, bitcast=True)
@@ -273,8 +286,9 @@ def _to_fp8(x: Tensor) -> Tensor:
 
 
 def _rounding_cast(values, source, target, rounding_mode=None):
-    """A cast as the hardware does it, nearest even and saturating, for Triton's interpreter, which
-    truncates: bits of `source` in, bits of `target` out, as numpy arrays."""
+    """Triton's interpreter truncates where it casts, and the hardware rounds to nearest even and
+    saturates: so does this, which takes its place. Bits of `source` in, bits of `target` out, as
+    numpy arrays."""
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8e4nv": FP8}
     x = torch.tensor(values).view(types[str(source)]).float()
     if str(target) == "fp8e4nv":
@@ -380,6 +394,10 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32,
 #
 # For wgrad, which sums over tokens. Flow's way is the first: 4.6 times as fast as the three
 # launches of naive, dequantize, transpose and quantize. `requantize` makes one launch of the three.
+#
+# What does one scale for a tile cost? In a row far smaller than the largest one codes become
+# subnormal, and lose bits, or zero. wgrad can pay that: the 128 rows are terms of one sum, in which
+# such a row hardly counts. fprop and dgrad cannot: there each row has a result of its own.
 
 def scaling_aware_transpose_twin(q: QTensor, rows: Tensor | None = None,
                                  tile_expert=None) -> QTensor:
@@ -427,9 +445,9 @@ def _scaling_aware_transpose_kernel(
     # Both are powers of two: the difference of their exponents is k = log2(top / s) >= 0.
     k = (top.to(tl.int32, bitcast=True) - s.to(tl.int32, bitcast=True)) >> 23
     factor = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True)        # 2^-k
-    # fp16 is enough, and faster than fp32. It reaches down to 2^-24, and a code has 4 significant
-    # bits, so a product above 2^-21 is exact. E4M3's smallest code is 2^-9: below half of it all
-    # becomes 0 in any case.
+    # fp16 is enough, and faster than fp32. A code has 4 significant bits, and fp16 reaches down to
+    # 2^-24: so a product of 2^-21 or more is exact. What is smaller becomes 0 in any case, since
+    # E4M3's smallest code is 2^-9.
     values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     codes = _encode(values * factor.to(tl.float16)[:, None])
     tl.store(out + c[:, None].to(tl.int64) * M + slot[None, :], tl.trans(codes))
@@ -508,8 +526,8 @@ def _requantize_kernel(
         tile_expert,                        # [M/128] int32 or None
         out, out_scale,                     # [C, M] uint8, [M/128, C] fp32
         M, C, POW2: tl.constexpr):
-    """Grid (M/128, C/128), a tile a program. Reads MC, writes MC bytes, and 128 times as many
-    scales as the direct transpose."""
+    """Grid (M/128, C/128), a tile for each program. Reads MC, writes MC bytes and 4MC/128 of
+    scales, of which the direct transpose writes one for 128."""
     i = tl.program_id(0)
     j = tl.program_id(1)
     if _is_unused(tile_expert, i):
@@ -532,8 +550,8 @@ def requantize(q: QTensor, scales: str = "pow2", tile_expert: Tensor | None = No
 
     M and C are multiples of 128; q has 1x128 blocks of either policy -> 1x128 blocks,
     scale [M/128, C]. With fp32 scales every element is rounded a second time (and by naive's three
-    launches a third time, to bf16 between the casts). With powers of two it is not, and the codes
-    are those of the three launches.
+    launches a third time, to bf16 between the casts). With powers of two it is not, while codes
+    stay normal, and the codes are those of the three launches.
     """
     M, C = q.data.shape
     require(q.rows_per_scale == 1 and M % BLOCK == 0 and covers(tile_expert, M),
@@ -676,7 +694,7 @@ def _swiglu_backward_kernel(
         dp += tl.sum(d * silu * up, 1, keep_dims=True)
         dgate = d * p * up * sigmoid * (1 + gate * (1 - sigmoid))       # silu', as in the twin
         dup = d * p * silu
-        if a is not None:                   # A again is cheaper than A kept.
+        if a is not None:                   # Made again, A need not be kept since forward.
             _store_rows(silu * up * p, first, a, a_scale, r, live, F, M, POW2)
         _store_rows(dgate, first, dh, dh_scale, r, live, 2 * F, M, POW2)
         _store_rows(dup, F + first, dh, dh_scale, r, live, 2 * F, M, POW2)
@@ -753,7 +771,9 @@ def _plan_slots_kernel(
     tiles = (end_row - first_row + _TILE - 1) // _TILE          # of each expert
     end_tile = tl.cumsum(tiles, 0)
     expert = tl.sum((end_tile <= tile).to(tl.int32), 0)         # so many end before this tile
-    is_mine = e == expert                   # True nowhere, in a tile that no expert uses
+    # Triton cannot index a block: x[expert] is a sum in which all others are 0. In a tile that no
+    # expert uses all are.
+    is_mine = e == expert
     row_of_tile = first_row + (tile - (end_tile - tiles)) * _TILE
     row = tl.sum(tl.where(is_mine, row_of_tile, 0), 0) + tl.arange(0, _TILE)
     live = row < tl.sum(tl.where(is_mine, end_row, 0), 0)
@@ -828,7 +848,7 @@ def gather_rows(x, rows: Tensor, tile_expert: Tensor | None = None):
     permute+pad.
 
     x [T, C], C a multiple of 128, a tensor or a QTensor in 1x128 blocks; rows [M] int64, each in
-    [-1, T) -> [M, C] of the same kind.
+    [-1, T) -> [M, C] of the same kind. Unused tiles stay undefined, see quantize.
     """
     is_fp8 = isinstance(x, QTensor)
     data = as_bytes(x.data) if is_fp8 else x
@@ -932,7 +952,7 @@ def _quantize_weight_kernel(
 
 @operation(quantize_weight_twin)
 def quantize_weight(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTensor]:
-    """Weights for fprop and dgrad, each laid out as the MMA wants it, the summed axis last:
+    """Weights for fprop and dgrad, each as Hopper's FP8 instruction wants it, the summed axis last:
     w [E, N, K] fp32, bf16 or fp16 -> W [E, N, K] and W^T [E, K, N], in 128x128 tiles.
 
     N and K are multiples of 128; scales are [E, K/128, N/128] and [E, N/128, K/128].
@@ -975,8 +995,9 @@ def _grouped_gemm_kernel(
     """Grid (N/128, M/128): a program makes one 128x128 tile of out, in K-steps of 128 products.
     Neighbours share rows of a, which then come from the L2 cache.
 
-    Hopper's tensor core sums FP8 products in about 14 bits and truncates, so each partial sum of
-    128 is promoted: the CUDA cores multiply it by its scales and add it to an fp32 accumulator.
+    Hopper's tensor core keeps about 14 bits of a sum of FP8 products and truncates the rest. So
+    each partial sum of 128 is promoted: the CUDA cores multiply it by its scales, and add it to an
+    fp32 accumulator.
     """
     n = tl.program_id(0)
     m = tl.program_id(1)
@@ -1006,7 +1027,8 @@ def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor) -> T
 
     a [M, K] in 1x128 blocks, b [E, N, K] in 128x128 tiles -> [M, N] bf16; all multiples of 128.
     tile_expert [M/128] int32: the expert of each tile of rows, -1 past the last one (those rows
-    stay undefined). ends [E] int32: where each expert's rows end, a multiple of 128.
+    stay undefined). ends [E] int32: where each expert's rows end, a multiple of 128. (The Hopper
+    kernel alone reads it, for the number of tiles in use.)
     """
     M, K = a.data.shape
     N = b.data.shape[1]
@@ -1101,7 +1123,7 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor,
 #
 # The second evening. `acc += dot * scale` makes a program wait for the tensor core, and then makes
 # the tensor core wait while the CUDA cores promote. Here a program is three roles that run at the
-# same time, each a function below:
+# same time, `_loader` once and `_consumer` twice:
 #
 #     loader     one warp, 32 threads. Asks the copy engine (TMA) for the tiles of later K-steps,
 #                into a ring of stages in shared memory, as soon as a stage is free.
@@ -1121,38 +1143,43 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor,
 # serve both: consumer 1 has its first product later, by about the length of a product. From then on
 # each finds the tensor core free when it has promoted, because the other is promoting then.
 #
-# Why does the loop above leave gaps? More stages would not close them: it has three K-steps under
-# way already, and does not wait for tiles. More programs on a multiprocessor would, but each needs
-# a sum and a partial sum of 128 x 128 in registers. That is 128 KB of 256 KB, and with some
-# registers for addresses only one program fits.
+# The loop above leaves gaps because in one program product and promotion come one after the other.
+# More stages would not close them: it has three K-steps under way already (num_stages=3), and does
+# not wait for tiles. More programs on a multiprocessor would, but each needs a sum and a partial
+# sum of 128 x 128 fp32 numbers in registers. That is 128 KB of 256 KB, and with some registers for
+# addresses only one program fits.
 #
-# The roles meet at `mbarrier`s, counters in shared memory. Loader and consumers count K-steps
-# alike, i = 0, 1, 2, ..., and with four stages they wait so:
+# The roles meet at `mbarrier`s, counters in shared memory. Each stage has one that says `empty`
+# (both consumers have read it) and two that say `full` (the bytes have arrived), for a with the
+# left half of b, and for the right half of b. Loader and consumers count K-steps alike, i = 0, 1,
+# 2, ..., and with four stages they wait like this:
 #
-#     K-step i    stage i % 4    use i // 4    a consumer waits for    the loader waits for
-#     0 .. 3      0 .. 3         0             full, phase 0: even     nothing: odd passes at once
-#     4 .. 7      0 .. 3         1             full, phase 1: odd      empty, phase 0: even
-#     8 .. 11     0 .. 3         2             full, phase 2: even     empty, phase 1: odd
+#     K-step i    stage i % 4    use i // 4    a consumer waits for      the loader waits for
+#     0 .. 3      0 .. 3         0             full has parity 0         empty has parity 1: a new
+#                                                                        barrier has, it passes
+#     4 .. 7      0 .. 3         1             full has parity 1         empty has parity 0
+#     8 .. 11     0 .. 3         2             full has parity 0         empty has parity 1
 #
-# A stage is `full` when its bytes have arrived, and `empty` when both consumers are done with it.
-# Each barrier counts through phases 0, 1, 2, ...: phase u of `full` ends when the bytes of use u
-# are there, phase u of `empty` when both consumers have read use u. The hardware remembers of the
-# phase that ended last only whether its number is even (0) or odd (1), and `mbarrier.wait(b, p)`
-# passes if that is p. A new barrier answers "odd", as if a phase -1 had ended: so the loader passes
-# in use 0, where no consumer has anything to give back. Even and odd are enough, because the two
-# sides wait for each other: neither gets two phases ahead.
+# A barrier goes through one phase in each use of its stage: that of `full` ends when the bytes are
+# there, that of `empty` when both consumers have read them. Of the phase that ended last it
+# remembers the parity alone: 0 if that was use 0, 2, 4, ..., and 1 if it was use 1, 3, 5, ... .
+# `mbarrier.wait(barrier, p)` returns when that is p. A new barrier has parity 1, as if a use -1 had
+# ended: so the loader passes in use 0, where there is nothing to give back. In use u a consumer
+# waits for the end of phase u of `full`, and the loader for the end of phase u - 1 of `empty`. The
+# parity is enough, because neither side can be two phases ahead of the other.
 #
-# The tile is 128 x 256, since wider tiles read fewer bytes for a product, and L2 is the next limit.
-# The halves of its columns, `left` and `right`, take turns in a consumer, because registers do not
-# suffice for the partial sums of both; so each half of b has a `full` barrier of its own. What a
-# multiprocessor has, and where it goes:
+# The tile is 128 x 256, since wider tiles read fewer bytes for a product: after the tensor core,
+# what L2 delivers is the next limit. The halves of its columns, `left` and `right`, take turns in a
+# consumer, because registers do not suffice for the partial sums of both. What a multiprocessor
+# has, and where it goes:
 #
-#     registers        65,536       12 warps x 32 threads x 168 = 64,512. (The loader counts as four
-#                                   warps, since registers are dealt out to groups of four.) Then
-#                                   the loader keeps 40, and the consumers get 232: 3 x 168 = 2 x
-#                                   232 + 40. Of these 64 hold the sums of the left half (64 x 128
-#                                   sums over 128 threads), 64 those of the right one, 64 a partial
-#                                   sum, and 40 are for scales and addresses.
+#     registers        65,536       A launch gives all threads alike: 12 warps x 32 x 168 = 64,512.
+#                                   (The loader counts as four warps, since registers are dealt out
+#                                   to groups of four.) Then the loader keeps 40, and the consumers
+#                                   take what it gives back: 3 x 168 = 2 x 232 + 40. Of 232 a thread
+#                                   needs 64 for the sums of the left half (64 x 128 of them over
+#                                   128 threads), 64 for those of the right one, 64 for a partial
+#                                   sum, and 40 for scales and addresses.
 #     shared memory    227 KB       4 stages x (128 + 256) rows x 128 bytes: 192 KB,
 #                                   and 32 KB of buffers for stores
 #
@@ -1163,9 +1190,10 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor,
 # lie in 32 banks that serve one request at a time: it rotates the pieces of each row, so that
 # threads which read down a column ask different banks. wgmma and TMA want it so.
 #
-# Lines marked `# naive` are for one scale a column of b, in the wgrad of the requantizing
-# transposes. 64 of its scales a thread would not fit into registers: the loader copies them into
-# the stage, beside the tiles. (Elsewhere the compiler drops them, and the ring for them.)
+# Lines marked `# naive` are for a b that has one scale per column, in the wgrad of every recipe
+# whose transpose is not direct. A thread would need 64 of these scales, for which registers do not
+# suffice: the loader copies them into the stage, beside the tiles. (Elsewhere the compiler drops
+# these lines, and the ring for the scales.)
 
 _ROWS = gl.constexpr(BLOCK // 2)        # rows of a consumer
 _WIDE = gl.constexpr(2 * BLOCK)         # columns of a tile
@@ -1194,10 +1222,11 @@ def _locate(tile, problem, WGRAD: gl.constexpr):
     programs that run at the same time share operands in L2. (Without bands, m = tile % m_tiles and
     n = tile // m_tiles.)
 
-        0  4   8
-        1  5   9
-        2  6  10
-        3  7  11
+              n = 0  1   2
+        m = 0     0  4   8
+        m = 1     1  5   9
+        m = 2     2  6  10
+        m = 3     3  7  11
 
     Rows of tiles that no expert uses come last, and are not counted: no expert is -1 here.
     """
@@ -1236,11 +1265,10 @@ def _loader(a, b, b_scale, ring, problem, tiles,
         for k in range(begin, end):
             stage = i % STAGES
             use = i // STAGES
-            phase = use % 2
+            parity = use % 2
             left_full = full.index(2 * stage)
             right_full = full.index(2 * stage + 1)
-            # The use before this is over. (Use 0 waits for odd, which passes at once.)
-            mbarrier.wait(empty.index(stage), 1 - phase)
+            mbarrier.wait(empty.index(stage), 1 - parity)       # The use before this is over.
             if B_PER == 1:                                                          # naive
                 # 32 threads of a warp, four columns each: 128 columns along one axis.
                 lanes: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])         # naive
@@ -1251,11 +1279,11 @@ def _loader(a, b, b_scale, ring, problem, tiles,
                 right_col = gl.minimum(col // _TILE + 1, N // _TILE - 1) * _TILE    # naive
                 _copy(left_scales, scales + col)                                    # naive
                 _copy(right_scales, scales + right_col)                             # naive
-                # Each thread adds one to the arrivals that this phase needs, and arrives when its
-                # scales are there: the barrier's own count of 1, for `expect`, stays right.
+                # `left_full` waits for both copies: each thread adds one to the arrivals that this
+                # phase needs, and arrives when its copies have ended.
                 async_copy.mbarrier_arrive(left_full)                               # naive
-            # The loader's arrival, which announces bytes: with them the phase is complete. Rows of
-            # b past N are those of the next expert, or zeros; their products are not stored.
+            # `expect` arrives, and tells the barrier how many bytes to wait for besides. Rows of b
+            # past N are those of the next expert, or zeros; their products are not stored.
             mbarrier.expect(left_full, 2 * _TILE * _TILE)
             _tma_load(a, [row, k * _TILE], left_full, a_ring.index(stage))
             _tma_load(b, [b_row, k * _TILE], left_full, b_ring.index(stage).slice(0, _TILE))
@@ -1267,16 +1295,16 @@ def _loader(a, b, b_scale, ring, problem, tiles,
 
 @gluon.jit
 def _pin(x):
-    """Keeps the compiler from computing x later than here: it sees an instruction that needs x and
-    has unknown effects. The instruction is empty. ("=f,0": the result is an fp32 register, the same
-    as the input's.)"""
+    """A barrier for the compiler, which must compute x before it: an instruction that needs x, has
+    unknown effects (is_pure=False), and is empty. ("=f,0": its result is an fp32 register, the one
+    that x came in. pack=1: one element at a time.)"""
     return gl.inline_asm_elementwise("", "=f,0", [x], dtype=gl.float32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _product(a, b, SUM: gl.constexpr):
-    """a [64, 128] times b [128, 128]^T on the tensor core, fp32 in layout SUM. To wait for it at
-    once costs nothing: meanwhile the other consumer promotes."""
+    """a [64, 128] times b [128, 128]^T by wgmma, fp32 in layout SUM. To wait at once, until 0 of
+    its products are unfinished, costs nothing: meanwhile the other consumer promotes."""
     zero = gl.zeros([_ROWS, _TILE], gl.float32, SUM)
     partial = hopper.warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
     return hopper.warpgroup_mma_wait(0, deps=[partial])
@@ -1297,8 +1325,9 @@ def _consumer(consumer: gl.constexpr, a_scale, b_scale, out, buffers, ring, prob
     a_ring, b_ring, scale_ring, full, empty = ring
     tile_expert, ends, M, N, K, m_tiles, n_tiles = problem
     STAGES: gl.constexpr = a_ring.shape[0]
-    # How the tensor core returns its sums: wgmma (version 3.0), its four warps below each other,
-    # in instructions of 16 rows (a warp) x 128 columns x 32 products (FP8).
+    # How wgmma returns its sums. [3, 0]: version 3.0 of the instruction. [4, 1]: of its four warps
+    # each has a quarter of the rows, and all columns. [16, 128, 32]: a warp's part of one
+    # instruction is 16 rows x 128 columns, and sums 32 products.
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     r = consumer * _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, SUM))
     a_scales = M // A_PER                       # how many scales of a there are in one K-step
@@ -1307,17 +1336,22 @@ def _consumer(consumer: gl.constexpr, a_scale, b_scale, out, buffers, ring, prob
     for tile in range(gl.program_id(0), tiles, PROGRAMS):
         row, col, expert, begin, end = _locate(tile, problem, WGRAD)
         # Scales are loaded a K-step ahead; the last step loads its own again. An expert without
-        # rows has no step. Then nobody uses what is loaded here, but the address must exist.
+        # rows has no step (begin == end): what is loaded here is not used then, but the address
+        # must exist, hence the two clamps.
         last = gl.maximum(end - 1, 0)
         first = gl.minimum(begin, last)
         a_scale_at = a_scale + (row + r) // A_PER
         s_a = gl.load(a_scale_at + first * a_scales)
         if B_PER == _TILE:
-            left_at = b_scale + col // _TILE
-            if not WGRAD:
-                left_at += expert * (K // _TILE) * b_scales
+            left_block = col // _TILE
             # The right half has the next scale, unless N ends between the halves.
-            right_at = left_at + gl.minimum(1, b_scales - 1 - col // _TILE)
+            right_block = gl.minimum(left_block + 1, b_scales - 1)
+            if not WGRAD:
+                b_scale_of_expert = b_scale + expert * (K // _TILE) * b_scales
+            else:
+                b_scale_of_expert = b_scale
+            left_at = b_scale_of_expert + left_block
+            right_at = b_scale_of_expert + right_block
             s_left = gl.load(left_at + first * b_scales)
             s_right = gl.load(right_at + first * b_scales)
         left = gl.zeros([_ROWS, _TILE], gl.float32, SUM)
@@ -1325,13 +1359,13 @@ def _consumer(consumer: gl.constexpr, a_scale, b_scale, out, buffers, ring, prob
         for k in range(begin, end):
             stage = i % STAGES
             use = i // STAGES
-            phase = use % 2
+            parity = use % 2
             ahead = gl.minimum(k + 1, last)
             next_a = gl.load(a_scale_at + ahead * a_scales)
             if B_PER == _TILE:
                 next_left = gl.load(left_at + ahead * b_scales)
                 next_right = gl.load(right_at + ahead * b_scales)
-            mbarrier.wait(full.index(2 * stage), phase)
+            mbarrier.wait(full.index(2 * stage), parity)
             # The scales of the sums are by_left and by_right, [64, 1]; for naive [64, 128].
             if B_PER == _TILE:
                 # Without _pin the compiler multiplies these scales where they are used. That is
@@ -1347,7 +1381,7 @@ def _consumer(consumer: gl.constexpr, a_scale, b_scale, out, buffers, ring, prob
             # Without _pin the compiler promotes after the next product has begun. That is correct
             # but slow: it keeps both partial sums, for which registers do not suffice.
             left = _pin(left + partial * by_left)
-            mbarrier.wait(full.index(2 * stage + 1), phase)
+            mbarrier.wait(full.index(2 * stage + 1), parity)
             partial = _product(x, b_ring.index(stage).slice(_TILE, _TILE), SUM)
             if B_PER == 1:                                                          # naive
                 by_right = _outer(s_a, scale_ring.index(stage).slice(_TILE, _TILE), SUM)    # naive
@@ -1398,7 +1432,9 @@ def _store_box(x, out, row, col, buffer, WAIT: gl.constexpr = 0):
     those of other buffers."""
     tma.store_wait(WAIT)
     buffer.store(x.to(out.dtype))
-    hopper.fence_async_shared()                 # Ordinary writes, made visible to the copy engine.
+    # The copy engine reads shared memory past the threads: without the fence it could read what was
+    # there before these writes.
+    hopper.fence_async_shared()
     _tma_store(out, [row, col], buffer)
 
 

@@ -4,11 +4,13 @@
     python train.py flow,swiglu=unfused         one run, named by its spec
     python train.py --ablate                    from naive to flow, a switch at a time
     python train.py bf16 flow --seeds 0 1 2     three seeds: means and differences
-    python train.py --out out/1                 the same command again trains what is missing
+    python train.py --out out/1                 given again, the same command trains what is missing
 
-Bytes are tokens. A run is all or nothing: it writes OUT/SPEC/log.csv, a row a step, and at its end
-OUT/SPEC/row.json, its row of the table with all that it depends on (with several seeds in
-OUT/seed-N/SPEC). After the last run come OUT/compare.csv and OUT/loss.png.
+Bytes are tokens. A run writes OUT/SPEC/log.csv, a row for each step, and at its end
+OUT/SPEC/row.json, its row of the table with the settings that it depends on (with several seeds in
+OUT/seed-N/SPEC). After the last run come OUT/compare.csv and OUT/loss.png. A run is all or nothing:
+where row.json is there it has finished, and is not trained again; one that was stopped starts from
+step 0.
 
 The order of this file: presets, data, learning rate, one run (`train`), table, picture, main.
 """
@@ -45,7 +47,8 @@ from model import GPT, GPTConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Preset(GPTConfig):
-    """The model's sizes and how it is trained. Raises ValueError where they make no sense."""
+    """The model's sizes and how it is trained. (GPTConfig looks at all of them, and raises
+    ValueError.)"""
     batch: int              # sequences in a step
     steps: int
     lr: float
@@ -64,9 +67,8 @@ PRESETS = {
 }
 BALANCE = 0.1               # weight of the load-balancing loss: runs are short, it must act early
 CLIP = 1.0                  # largest gradient norm
-HELD_OUT = 20               # the last one of so many bytes is for validation
-VAL_WINDOWS = 32            # for each sequence of a batch
-VAL_BATCH = 8               # sequences: few, since their memory lies beside that of training
+VAL_WINDOWS = 32            # times the batch: so many windows of text are for validation
+VAL_BATCH = 4               # sequences: few, since a recorded step keeps its memory meanwhile
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -84,8 +86,9 @@ def read_text(path: str | None) -> tuple[bytearray, str]:
     root = path or os.path.dirname(torch.__file__)
     skipped = []                # what is no text, and why
     texts = []
-    for file in files_below(root, skipped) if os.path.isdir(root) else [root]:
-        if path is None and (not file.endswith(".py") or file.endswith("version.py")):
+    files = files_below(root, skipped) if os.path.isdir(root) else [root]
+    for file in files:
+        if path is None and (not file.endswith(".py") or file.endswith("/version.py")):
             continue            # version.py differs from build to build.
         try:
             texts.append(read_file(file))
@@ -100,9 +103,15 @@ def read_text(path: str | None) -> tuple[bytearray, str]:
         sentence += ", ..."
     require(len(text) > 0, f"--data {root} holds no text ({sentence}): name a text file, or a "
             "folder of them")
-    held_out = len(text) // HELD_OUT
-    return text, f"{root}: {len(texts)} files, {len(text) - held_out:,} bytes for training and " \
-                 f"{held_out:,} for validation; {sentence}"
+    train_text, val_text = split(text)
+    return text, f"{root}: {len(texts)} files, {len(train_text):,} bytes for training and " \
+                 f"{len(val_text):,} for validation; {sentence}"
+
+
+def split(text):
+    """The last twentieth is held out, for validation."""
+    held_out = len(text) // 20
+    return text[:len(text) - held_out], text[len(text) - held_out:]
 
 
 def files_below(root: str, skipped: list[str]):
@@ -140,8 +149,8 @@ def windows_at(text: Tensor, starts: Tensor, seq_len: int) -> Tensor:
 
 
 def draw_windows(text: Tensor, seed: int, step: int, preset: Preset) -> Tensor:
-    """The windows of a step, the same for every recipe. Seeded with both numbers, since with their
-    sum two seeds would share batches."""
+    """The windows of a step, the same for every recipe. (Seeded with both numbers: with their sum
+    seed 0 would have in step 1 what seed 1 has in step 0.)"""
     rng = np.random.default_rng([seed, step])
     starts = torch.from_numpy(rng.integers(len(text) - preset.seq_len, size=preset.batch))
     return windows_at(text, starts.to(text.device, non_blocking=True), preset.seq_len)
@@ -181,47 +190,55 @@ class Run:
     folder: Path
     preset: Preset
     settings: dict              # the recipe, the seed, and all else that its row depends on
-    row: dict | None            # of the table, if it has finished before
+    row: dict | None            # its row of the table, once it has finished
 
 
 def make_model(run: Run, device: torch.device) -> tuple[GPT, torch.optim.Optimizer]:
     torch.manual_seed(run.settings["seed"])
-    with device:                                # Hundreds of millions of random numbers: there.
+    with device:                                # Made there: a CPU would take seconds.
         model = GPT(run.preset, parse_spec(run.settings["recipe"]))
     if run.settings["compile"]:
-        for block in model.blocks:              # What is compiled ends where the experts begin.
+        for block in model.blocks:              # All but the experts, which fp8flow leaves out.
             block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1,
                                   fused=True)
     return model, optimizer
 
 
-def recorded(step, eager: bool):
-    """What to call instead of `step`, and a word on how it runs.
-
-    A step can be recorded because its shapes are static and nothing in it waits for the device: so
-    it launches the same kernels on the same addresses every time. It is recorded once, as a CUDA
-    graph, and replayed with a single call, which saves the time in which Python launches. A small
-    model becomes nearly twice as fast; where kernels take longer than their launches (h100), it
-    saves next to nothing.
-    """
-    if eager:
-        return step, "called, as --eager asks"
-    if not torch.cuda.is_available():
-        return step, "called: there is no GPU"
-    side = torch.cuda.Stream()                  # PyTorch asks for a warm-up on another stream.
-    side.wait_stream(torch.cuda.current_stream())
-    torch.cuda.set_sync_debug_mode("error")     # What waits for the device raises RuntimeError.
+def waits_for_device(step) -> bool:
+    """Runs a step with a flag that lets everything fail that makes the host wait for the GPU."""
+    torch.cuda.empty_cache()                    # Below, the memory of this stream is of no use.
+    side = torch.cuda.Stream()                  # Before recording, PyTorch wants a step on a stream
+    side.wait_stream(torch.cuda.current_stream())               # (a queue of work) of its own.
+    torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(side):
             step()
     except RuntimeError as error:
         if "synchronizing" not in str(error):   # but too little memory, say
             raise
-        return step, "called: a step waits for the device"
+        return True
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(side)
+    return False
+
+
+def recorded(step, eager: bool):
+    """What to call instead of `step`, and a word on how it runs.
+
+    A step can be recorded because every tensor in it has a fixed size, whatever the router chooses,
+    and nothing in it waits for the GPU: so each step launches the same kernels on the same memory.
+    A CUDA graph records these launches once, and one call replays them without Python. That pays
+    where launching takes longer than computing (the preset small becomes nearly twice as fast), and
+    saves next to nothing where kernels are long (the preset h100).
+    """
+    if eager:
+        return step, "called, as --eager asks"
+    if not torch.cuda.is_available():
+        return step, "called: there is no GPU"
+    if waits_for_device(step):
+        return step, "called: a step waits for the device"
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
@@ -229,7 +246,7 @@ def recorded(step, eager: bool):
     def replay():
         graph.replay()
         return result
-    return replay, "recorded as a CUDA graph: no step waits for the device"
+    return replay, "recorded as a CUDA graph: they do not wait for the device"
 
 
 def train(run: Run, text: Tensor, val_text: Tensor) -> dict:
@@ -238,20 +255,21 @@ def train(run: Run, text: Tensor, val_text: Tensor) -> dict:
     preset = run.preset
     seed = run.settings["seed"]
     model, optimizer = make_model(run, text.device)
-    window = draw_windows(text, seed, 0, preset)
+    window = draw_windows(text, seed, 0, preset)        # Each step writes its own into it.
 
     def forward_backward() -> Tensor:
-        """Leaves the gradients for `window`, and returns [loss, balance]. Where this is recorded,
-        gradients keep their memory: a replay writes over them."""
+        """Leaves the gradients for `window`, and returns [loss, balance]. While it is recorded,
+        zero_grad drops the gradients and backward makes new ones; each replay writes into these
+        again."""
         model.zero_grad()
         loss, balance = model(window[:, :-1], window[:, 1:])
         (loss + BALANCE * balance).backward()
         return torch.stack([loss, balance]).detach()
 
-    # Steps that are discarded: they compile the kernels, count the casts, and show who waits.
+    # A step that is discarded: it compiles the kernels, and counts the casts of activations.
     with count_casts() as casts:
         forward_backward()
-    forward_backward, how = recorded(forward_backward, run.settings["eager"])
+    step_once, how = recorded(forward_backward, run.settings["eager"])
     total, active = model.parameter_counts()
     print(f"\n{run.settings['recipe']}, seed {seed}: {total / 1e6:.1f}M parameters, "
           f"{active / 1e6:.1f}M for a token; {len(casts) // preset.n_layers} casts in a layer\n"
@@ -266,44 +284,50 @@ def train(run: Run, text: Tensor, val_text: Tensor) -> dict:
         log = csv.writer(file)
         log.writerow(["step", "loss", "val_loss", "tokens_per_s", "lr", "grad_norm", "balance"])
         bar = tqdm(range(preset.steps), run.settings["recipe"], unit="step")
+        began = time.perf_counter()
         for step in bar:
-            began = time.perf_counter()
             lr = learning_rate(step, preset)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            # Written into the tensor that the graph reads: another one it would not see.
             window.copy_(draw_windows(text, seed, step, preset))
-            losses = forward_backward()
+            losses = step_once()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            loss, balance, grad_norm = torch.stack([*losses, norm]).tolist()    # The host waits.
+            # Here the host waits, once a step. (The optimizer's work falls into the next one.)
+            loss, balance, grad_norm = torch.stack([*losses, norm]).tolist()
+            now = time.perf_counter()
+            speeds.append(preset.batch * preset.seq_len / (now - began))
+            began = now
             if not math.isfinite(loss + grad_norm):
                 raise FloatingPointError(f"step {step} has the loss {loss} and a gradient of norm "
                                          f"{grad_norm}: lower --lr")
-            optimizer.step()                    # It runs on while the next windows are drawn.
-            speeds.append(preset.batch * preset.seq_len / (time.perf_counter() - began))
+            optimizer.step()
 
-            val_loss = ""
+            val_loss = None
             if step + 1 in (preset.steps // 2, preset.steps):
                 val_loss = validate(model, val_text, preset)
+                began = time.perf_counter()     # The clock has stood still.
             log.writerow([step, loss, val_loss, speeds[-1], lr, grad_norm, balance])
             file.flush()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
     if not math.isfinite(val_loss):
         raise FloatingPointError(f"the validation loss is {val_loss}: lower --lr")
 
-    # Memory that was taken from the device: in what is allocated a graph's would not show.
-    peak = torch.cuda.max_memory_reserved() / 1e9 if text.is_cuda else None
-    print(f"  validation loss {val_loss:.4f} nats a byte; after 'def ' the model writes\n")
-    print(model.generate(b"def ", 200).decode("utf-8", "replace"), flush=True)
     if run.settings["save"]:
         torch.save({"model": model.state_dict(), "preset": asdict(preset),
                     "recipe": run.settings["recipe"]}, run.folder / "model.pt")
+    # max_memory_allocated does not count a graph's memory while it is replayed; this does.
+    peak = torch.cuda.max_memory_reserved() / 1e9 if text.is_cuda else None
     row = {"casts": len(casts) // preset.n_layers, "val_loss": val_loss,
            # The median, since single steps are slow where the machine is busy.
-           "tokens_per_s": statistics.median(speeds), "peak_mem_gb": peak, **run.settings}
-    # Written beside, then renamed: the whole row is there, or no file.
+           "tokens_per_s": statistics.median(speeds), "peak_mem_gb": peak, "steps_are": how,
+           **run.settings}
+    # Renaming is one act: a row that is killed while it is written is not there.
     beside = run.folder / "row.json.new"
     beside.write_text(json.dumps(row, indent=1))
     os.replace(beside, run.folder / "row.json")
+    print(f"  validation loss {val_loss:.4f} nats a byte; after 'def ' the model writes\n")
+    print(model.generate(b"def ", 200).decode("utf-8", "replace"), flush=True)
     return row
 
 
@@ -341,8 +365,8 @@ def print_table(rows: list[dict], is_emulated: bool) -> None:
 
 
 def print_seeds(rows: list[dict]) -> None:
-    """The mean of each recipe over the seeds, and the mean of its differences to bf16, each on one
-    seed: what a seed does to both cancels there."""
+    """The mean of each recipe over the seeds, and the mean of its differences to bf16 on the same
+    seed: what a seed does to both recipes drops out of these."""
     print()
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         mine = [row for row in rows if row["recipe"] == recipe]
@@ -368,7 +392,7 @@ def smooth(losses: np.ndarray) -> np.ndarray:
 def draw_losses(runs: list[Run], path: Path) -> None:
     """The loss of each run, and below it the difference to bf16 on the same seed, in percent and
     smoothed: the curves themselves coincide."""
-    os.environ["MPLBACKEND"] = "agg"            # A notebook names one that is not always installed.
+    os.environ["MPLBACKEND"] = "agg"    # A notebook sets it to a backend that may not be installed.
     from matplotlib.figure import Figure
     losses = {}                 # (recipe, seed) -> those of all steps
     for run in runs:
@@ -411,7 +435,7 @@ def make_parser() -> argparse.ArgumentParser:
         "source)")
     add("--out", metavar="DIR", help="a folder (default: the next free out/N)")
     add("--compile", action="store_true", help="torch.compile all but the experts")
-    add("--eager", action="store_true", help="call each step, without a CUDA graph")
+    add("--eager", action="store_true", help="call each step, do not record a CUDA graph")
     add("--deterministic", action="store_true", help="repeat bit for bit, and be slower")
     add("--save", action="store_true", help="keep the weights, in model.pt")
     sizes = parser.add_argument_group(f"sizes, over those of the preset ({' / '.join(PRESETS)})")
@@ -423,7 +447,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def is_fp8_emulated(device: torch.device) -> bool:
-    """True where the twins run; on a CPU the interpreter, too, only emulates."""
+    """True where the kernels' PyTorch twins run, or Triton's interpreter on a CPU: speed says
+    nothing there."""
     return device.type == "cpu" or not kernels.use_kernels(device)
 
 
@@ -431,11 +456,15 @@ def choose_specs(args) -> list[str]:
     """What to train, each recipe once."""
     require(not (args.specs and args.ablate), "--ablate has a list of its own: leave out the SPECs",
             args.specs)
-    specs = LADDER if args.ablate else args.specs or list(RECIPES)
+    specs = args.specs or list(RECIPES)
+    if args.ablate:
+        specs = LADDER
     spec_of = {}                # recipe -> the spec that named it
     for spec in specs:
-        other = spec_of.setdefault(parse_spec(spec), spec)
-        require(other is spec, f"SPEC {spec} is the same as {other}: give it once")
+        recipe = parse_spec(spec)
+        require(recipe not in spec_of, f"SPEC {spec} is the same as {spec_of.get(recipe)}: give it "
+                "once")
+        spec_of[recipe] = spec
     return specs
 
 
@@ -465,7 +494,8 @@ def make_folder(out: str | None) -> Path:
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """One process at a time in a folder. The lock goes with the process, however it ends."""
+    """One process at a time in a folder. The lock is not the file, which stays, but a claim on it
+    that the system drops when the process ends, however it ends."""
     with open(out / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -498,26 +528,28 @@ def find_runs(args, specs: list[str], preset: Preset, text: bytearray, device: t
 
 def check_finished(path: Path, row: dict, settings: dict) -> None:
     for name, value in settings.items():
-        has_more = name == "save" and row.get(name)         # Weights that nobody asks for may stay.
-        require(row.get(name) == value or has_more,
+        has_weights = name == "save" and row.get("save")    # No harm where they are not asked for.
+        require(row.get(name) == value or has_weights,
                 f"{path} is of a run with {name}={row.get(name)}, not {value}: give the same "
                 "arguments, or another --out")
 
 
 def train_all(runs: list[Run], text: bytearray, device: torch.device) -> list[Run]:
     """Trains what has not finished. Returns the runs that have a row then."""
-    held_out = len(text) // HELD_OUT
-    text = torch.frombuffer(text, dtype=torch.uint8).to(device)
+    train_text, val_text = split(torch.frombuffer(text, dtype=torch.uint8).to(device))
     for run in runs:
         name = f"{run.settings['recipe']}, seed {run.settings['seed']}"
         if run.row:
             print(f"\n{name} has finished before, in {run.folder}")
             continue
         try:
-            run.row = train(run, text[:-held_out], text[-held_out:])
+            run.row = train(run, train_text, val_text)
         except FloatingPointError as error:
             print(f"train.py: {name}: {error}", file=sys.stderr)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            # While a step is recorded, its error becomes the context of another one.
+            if not isinstance(error.__context__ or error, torch.OutOfMemoryError):
+                raise
             print(f"train.py: {name}: the GPU's memory does not suffice: lower --batch",
                   file=sys.stderr)
         gc.collect()                            # One model goes before the next one comes.
@@ -547,7 +579,7 @@ def make_deterministic() -> None:
 
 
 def main(argv=None) -> int:
-    if hasattr(sys.stdout, "reconfigure"):      # A model writes what a terminal may not know.
+    if hasattr(sys.stdout, "reconfigure"):      # A model may write what the terminal cannot show.
         sys.stdout.reconfigure(errors="replace")
     args = make_parser().parse_args(argv)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -560,9 +592,8 @@ def main(argv=None) -> int:
             specs = choose_specs(args)
             preset = choose_preset(args, device)
             text, sentence = read_text(args.data)
-            require(len(text) // HELD_OUT > preset.seq_len + 1, "of the text a twentieth is held "
-                    f"out, which --seq-len {preset.seq_len} needs longer: give more --data ("
-                    f"{sentence})")
+            require(len(split(text)[1]) > preset.seq_len + 1, f"--seq-len {preset.seq_len} needs "
+                    f"more text for validation: give more --data ({sentence})")
             out = make_folder(args.out)
             stack.enter_context(locked(out))
             runs = find_runs(args, specs, preset, text, device, out)
@@ -570,8 +601,7 @@ def main(argv=None) -> int:
             print(f"train.py: {error}", file=sys.stderr)
             return 2
         except OSError as error:
-            print(f"train.py: {error.filename} cannot be used ({error.strerror}): give another "
-                  "--out", file=sys.stderr)
+            print(f"train.py: {error}: give another --out", file=sys.stderr)
             return 2
         print(f"torch {torch.__version__}, triton {triton.__version__}, "
               f"{runs[0].settings['device']}; writing to {out}\n{preset}\n{sentence}", flush=True)

@@ -266,14 +266,14 @@ def balanced_plan(size: Size) -> fp8flow.Plan:
 
 def permute_cases(size: Size):
     plan = balanced_plan(size)
-    rows = plan.rows
+    pairs = plan.sorted_pairs
     index = route(size, "random", "cuda")
     x = torch.randn(size.T, size.D, device="cuda", dtype=torch.bfloat16)
     y = kernels.gather_rows(x, plan.token)
     elements = (size.T + len(plan.token)) * size.D
 
     def unfused(x):
-        return kernels.gather_rows(kernels.gather_rows(x, rows.token), rows.row_of_slot)
+        return kernels.gather_rows(kernels.gather_rows(x, pairs.token), pairs.row_of_slot)
 
     q = kernels.quantize(x)
     yield Case("plan", lambda: fp8flow.make_plan(index, size.E), 8 * (2 * index.numel() + len(y)))
@@ -283,8 +283,8 @@ def permute_cases(size: Size):
                over="unfused", baseline=lambda: unfused(x))
     yield Case("unpermute+unpad bf16", lambda: kernels.sum_rows(y, plan.slot),
                2 * (size.T * size.k + size.T) * size.D, over="unfused",
-               baseline=lambda: kernels.sum_rows(kernels.gather_rows(y, rows.slot),
-                                                 rows.row_of_pair))
+               baseline=lambda: kernels.sum_rows(kernels.gather_rows(y, pairs.slot),
+                                                 pairs.row_of_pair))
 
 
 def transpose_cases(size: Size):
@@ -416,8 +416,8 @@ def bench_kernels(write) -> None:
                 rate = case.work / ms / (1e6 if case.unit == "GB/s" else 1e9)
                 share = rate / ceilings[case.unit]
                 speedup = f"{others[0] / ms:.3f}" if others else ""
-                text = f"  {case.name:34}{1e3 * ms:9.1f} us {rate:7.0f} {case.unit:6} {share:5.2f}" \
-                       " of the ceiling"
+                text = f"  {case.name:34}{1e3 * ms:9.1f} us {rate:7.0f} {case.unit:6}"
+                text += f"{share:6.2f} of the ceiling"
                 say(text + (f"   {others[0] / ms:5.2f}x {case.over}" if others else ""))
                 write({"size": name, **size._asdict(), "kernel": case.name, "us": f"{1e3 * ms:.2f}",
                        "rate": f"{rate:.5g}", "unit": case.unit, "of_ceiling": f"{share:.3f}",
@@ -490,7 +490,8 @@ def print_layer(rows: list[dict]) -> None:
         say(line)
     say(f"    {'ms by kind of kernel':{width}}" + "".join(f"{kind:>10}" for kind in SHARES))
     for row in rows:
-        say(f"    {row['spec']:{width}}" + "".join(f"{row[f'ms_{kind}']:10.3f}" for kind in SHARES))
+        times = "".join(f"{row[f'ms_{kind}']:10.3f}" for kind in SHARES)
+        say(f"    {row['spec']:{width}}{times}")
 
 
 def bench_layer(specs: list[str], write) -> None:

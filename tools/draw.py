@@ -31,8 +31,8 @@ GRAY = "#646a73"                # bf16, and the rest
 INK = "#222222"
 PALE = "#d0d3d8"
 BAND = "#eef0f3"
-COLORS = {"weights": "#b7a35a", "GEMM": "#8a8f98", "transpose": "#d9902f", "SwiGLU": "#8b6bb1", "cast": RED,
-          "permute": "#4f9463", "other": PALE}
+COLORS = {"weights": "#b7a35a", "GEMM": "#8a8f98", "transpose": "#d9902f", "SwiGLU": "#8b6bb1",
+          "cast": RED, "permute": "#4f9463", "other": PALE}
 
 # Pictures are 900 pixels wide, 9 inches of 100 dots. So 12 points are 17 pixels; README's text has
 # 16.

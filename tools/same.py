@@ -64,7 +64,8 @@ def main() -> int:
         index = CHANGES.get(name, lambda index: index)(index)
         w1 = randn(E, 2 * F, D) * D ** -0.5
         w2 = randn(E, D, F) * F ** -0.5
-        inputs = [tensor.to(DEVICE) for tensor in (randn(T, D), index, weights, w1, w2, randn(T, D))]
+        inputs = [randn(T, D), index, weights, w1, w2, randn(T, D)]
+        inputs = [tensor.to(DEVICE) for tensor in inputs]
         for dtype in (torch.float32, torch.bfloat16):           # of the masters
             inputs[3:5] = [w.to(dtype) for w in inputs[3:5]]
             for spec in SPECS:

@@ -186,7 +186,7 @@ class GPT(nn.Module):
     def parameter_counts(self) -> tuple[int, int]:
         """(all, active for one token)."""
         total = sum(p.numel() for p in self.parameters())
-        experts = sum(w.numel() for block in self.blocks for w in block.moe.experts.parameters())
+        experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
         active_experts = experts * self.config.top_k // self.config.n_experts
         return total, total - experts + active_experts
 

@@ -1,10 +1,13 @@
 """Train a small MoE GPT on text, one recipe after the other, on the same seed and the same batches.
 
+A recipe says how the expert layers compute: in bf16; naive, in FP8 with 12 casts of activations in
+a layer; flow, with 2. A SPEC is a recipe and the switches that differ from it (see fp8flow.py).
+
     python train.py                             bf16, naive, flow: one table
     python train.py flow,swiglu=unfused         one run, named by its spec
     python train.py --ablate                    from naive to flow, a switch at a time
     python train.py bf16 flow --seeds 0 1 2     three seeds: means and differences
-    python train.py --out out/1                 given again, the same command trains what is missing
+    python train.py --out out/1                 given again, it trains what has not finished there
 
 Bytes are tokens. A run writes OUT/SPEC/log.csv, a row for each step, and at its end
 OUT/SPEC/row.json, its row of the table with the settings that it depends on (with several seeds in
@@ -39,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from fp8flow import LADDER, RECIPES, count_casts, parse_spec, require
+from fp8flow import LADDER, RECIPES, count_casts, parse_spec, require    # require: or ValueError
 from model import GPT, GPTConfig
 
 
@@ -68,12 +71,12 @@ PRESETS = {
 BALANCE = 0.1               # weight of the load-balancing loss: runs are short, it must act early
 CLIP = 1.0                  # largest gradient norm
 VAL_WINDOWS = 32            # times the batch: so many windows of text are for validation
-VAL_BATCH = 4               # sequences: few, since a recorded step keeps its memory meanwhile
+VAL_BATCH = 4               # windows at once: few, since the graph keeps the memory of a step
 
 
 # ---- data ----------------------------------------------------------------------------------------
 
-LOCK = "train.lock"         # lies in each folder that this script has written to
+LOCK = "train.lock"         # lies in each OUT: what runs have written is no text to train on
 
 
 def read_text(path: str | None) -> tuple[bytearray, str]:
@@ -153,7 +156,7 @@ def draw_windows(text: Tensor, seed: int, step: int, preset: Preset) -> Tensor:
     seed 0 would have in step 1 what seed 1 has in step 0.)"""
     rng = np.random.default_rng([seed, step])
     starts = torch.from_numpy(rng.integers(len(text) - preset.seq_len, size=preset.batch))
-    return windows_at(text, starts.to(text.device, non_blocking=True), preset.seq_len)
+    return windows_at(text, starts.to(text.device), preset.seq_len)
 
 
 # ---- learning rate and validation ----------------------------------------------------------------
@@ -195,25 +198,30 @@ class Run:
 
 def make_model(run: Run, device: torch.device) -> tuple[GPT, torch.optim.Optimizer]:
     torch.manual_seed(run.settings["seed"])
-    with device:                                # Made there: a CPU would take seconds.
+    with device:                                # What is made inside is made there.
         model = GPT(run.preset, parse_spec(run.settings["recipe"]))
     if run.settings["compile"]:
-        for block in model.blocks:              # All but the experts, which fp8flow leaves out.
+        for block in model.blocks:              # But not their experts: `experts` disables it.
             block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1,
                                   fused=True)
     return model, optimizer
 
 
-def waits_for_device(step) -> bool:
-    """Runs a step with a flag that lets everything fail that makes the host wait for the GPU."""
-    torch.cuda.empty_cache()                    # Below, the memory of this stream is of no use.
-    side = torch.cuda.Stream()                  # Before recording, PyTorch wants a step on a stream
-    side.wait_stream(torch.cuda.current_stream())               # (a queue of work) of its own.
+def waits_for_device(forward_backward) -> bool:
+    """Calls it once with a flag that lets everything fail that makes the host wait for the GPU.
+
+    On a stream, a queue of work, of its own: PyTorch asks for one call on such a stream before a
+    graph is recorded. Memory that was freed on one stream is of no use on another, so it is given
+    back before.
+    """
+    torch.cuda.empty_cache()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(side):
-            step()
+            forward_backward()
     except RuntimeError as error:
         if "synchronizing" not in str(error):   # but too little memory, say
             raise
@@ -224,28 +232,29 @@ def waits_for_device(step) -> bool:
     return False
 
 
-def recorded(step, eager: bool):
-    """What to call instead of `step`, and a word on how it runs.
+def recorded(forward_backward, eager: bool):
+    """What to call instead of `forward_backward`, and a word on how it runs.
 
-    A step can be recorded because every tensor in it has a fixed size, whatever the router chooses,
-    and nothing in it waits for the GPU: so each step launches the same kernels on the same memory.
-    A CUDA graph records these launches once, and one call replays them without Python. That pays
-    where launching takes longer than computing (the preset small becomes nearly twice as fast), and
-    saves next to nothing where kernels are long (the preset h100).
+    It can be recorded because every tensor in it has a fixed size, whatever the router chooses (so
+    the layer is built), and if nothing in it waits for the GPU (this is tried): then each step
+    launches the same kernels on the same memory. A CUDA graph holds these launches, and one call
+    replays them without Python. That pays where launching takes longer than computing (the preset
+    small becomes nearly twice as fast), and saves next to nothing where kernels are long (the
+    preset h100).
     """
     if eager:
-        return step, "called, as --eager asks"
+        return forward_backward, "called, as --eager asks"
     if not torch.cuda.is_available():
-        return step, "called: there is no GPU"
-    if waits_for_device(step):
-        return step, "called: a step waits for the device"
+        return forward_backward, "called: there is no GPU"
+    if waits_for_device(forward_backward):
+        return forward_backward, "called: a step waits for the device"
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = step()
+        result = forward_backward()             # Launches are noted down, nothing is computed yet.
 
     def replay():
         graph.replay()
-        return result
+        return result                           # the same tensor each time, with new numbers
     return replay, "recorded as a CUDA graph: they do not wait for the device"
 
 
@@ -258,18 +267,20 @@ def train(run: Run, text: Tensor, val_text: Tensor) -> dict:
     window = draw_windows(text, seed, 0, preset)        # Each step writes its own into it.
 
     def forward_backward() -> Tensor:
-        """Leaves the gradients for `window`, and returns [loss, balance]. While it is recorded,
-        zero_grad drops the gradients and backward makes new ones; each replay writes into these
-        again."""
+        """Leaves the clipped gradients for `window`. Returns the loss, the load-balancing loss and
+        the norm of the gradient before it was clipped, as one tensor."""
+        # Without gradients backward writes new ones and adds to nothing. A replay does that again,
+        # in the same memory.
         model.zero_grad()
         loss, balance = model(window[:, :-1], window[:, 1:])
         (loss + BALANCE * balance).backward()
-        return torch.stack([loss, balance]).detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        return torch.stack([loss.detach(), balance.detach(), norm])
 
     # A step that is discarded: it compiles the kernels, and counts the casts of activations.
     with count_casts() as casts:
         forward_backward()
-    step_once, how = recorded(forward_backward, run.settings["eager"])
+    run_step, how = recorded(forward_backward, run.settings["eager"])
     total, active = model.parameter_counts()
     print(f"\n{run.settings['recipe']}, seed {seed}: {total / 1e6:.1f}M parameters, "
           f"{active / 1e6:.1f}M for a token; {len(casts) // preset.n_layers} casts in a layer\n"
@@ -289,45 +300,46 @@ def train(run: Run, text: Tensor, val_text: Tensor) -> dict:
             lr = learning_rate(step, preset)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            # Written into the tensor that the graph reads: another one it would not see.
+            # The graph reads the memory of this tensor. It would not see another tensor.
             window.copy_(draw_windows(text, seed, step, preset))
-            losses = step_once()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            # Here the host waits, once a step. (The optimizer's work falls into the next one.)
-            loss, balance, grad_norm = torch.stack([*losses, norm]).tolist()
+            numbers = run_step()
+            loss, balance, grad_norm = numbers.tolist()         # Here the host waits, once a step.
             now = time.perf_counter()
             speeds.append(preset.batch * preset.seq_len / (now - began))
             began = now
             if not math.isfinite(loss + grad_norm):
                 raise FloatingPointError(f"step {step} has the loss {loss} and a gradient of norm "
                                          f"{grad_norm}: lower --lr")
+            # Outside of the graph, since its learning rate changes and a broken gradient stops it.
+            # The GPU works on it into the next step, whose time it falls into.
             optimizer.step()
 
             val_loss = None
             if step + 1 in (preset.steps // 2, preset.steps):
                 val_loss = validate(model, val_text, preset)
-                began = time.perf_counter()     # The clock has stood still.
+                began = time.perf_counter()     # Validation is no part of a step's time.
             log.writerow([step, loss, val_loss, speeds[-1], lr, grad_norm, balance])
             file.flush()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
     if not math.isfinite(val_loss):
         raise FloatingPointError(f"the validation loss is {val_loss}: lower --lr")
 
+    # All memory that PyTorch holds. (A replay allocates nothing, so in max_memory_allocated a
+    # graph's memory does not show.)
+    peak = torch.cuda.max_memory_reserved() / 1e9 if text.is_cuda else None
+    print(f"  validation loss {val_loss:.4f} nats a byte; after 'def ' the model writes\n")
+    print(model.generate(b"def ", 200).decode("utf-8", "replace"), flush=True)
     if run.settings["save"]:
         torch.save({"model": model.state_dict(), "preset": asdict(preset),
                     "recipe": run.settings["recipe"]}, run.folder / "model.pt")
-    # max_memory_allocated does not count a graph's memory while it is replayed; this does.
-    peak = torch.cuda.max_memory_reserved() / 1e9 if text.is_cuda else None
     row = {"casts": len(casts) // preset.n_layers, "val_loss": val_loss,
            # The median, since single steps are slow where the machine is busy.
            "tokens_per_s": statistics.median(speeds), "peak_mem_gb": peak, "steps_are": how,
            **run.settings}
-    # Renaming is one act: a row that is killed while it is written is not there.
+    # Renamed when it is whole: if the process dies while it writes, there is no row.json.
     beside = run.folder / "row.json.new"
     beside.write_text(json.dumps(row, indent=1))
     os.replace(beside, run.folder / "row.json")
-    print(f"  validation loss {val_loss:.4f} nats a byte; after 'def ' the model writes\n")
-    print(model.generate(b"def ", 200).decode("utf-8", "replace"), flush=True)
     return row
 
 
@@ -351,6 +363,7 @@ def compare(rows: list[dict]) -> list[dict]:
 
 
 def print_table(rows: list[dict], is_emulated: bool) -> None:
+    """Without delta_pct: on one seed it says nothing, and for several see print_seeds."""
     names = ["casts", "val_loss"]
     if not is_emulated:                         # Where it is, speed and memory say nothing.
         names += ["tokens_per_s", "speedup", "peak_mem_gb"]
@@ -494,11 +507,11 @@ def make_folder(out: str | None) -> Path:
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """One process at a time in a folder. The lock is not the file, which stays, but a claim on it
-    that the system drops when the process ends, however it ends."""
+    """One process at a time in a folder. The file stays and says nothing. The system keeps the
+    lock, and drops it when the process ends, even by kill -9."""
     with open(out / LOCK, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # for one alone; or fail at once
         except BlockingIOError:
             raise ValueError(f"another process trains in {out}: wait for it, or give another --out")
         yield
@@ -528,8 +541,9 @@ def find_runs(args, specs: list[str], preset: Preset, text: bytearray, device: t
 
 def check_finished(path: Path, row: dict, settings: dict) -> None:
     for name, value in settings.items():
-        has_weights = name == "save" and row.get("save")    # No harm where they are not asked for.
-        require(row.get(name) == value or has_weights,
+        if name == "save" and row.get("save"):
+            continue                    # It has weights, whether they are asked for or not.
+        require(row.get(name) == value,
                 f"{path} is of a run with {name}={row.get(name)}, not {value}: give the same "
                 "arguments, or another --out")
 
@@ -547,8 +561,10 @@ def train_all(runs: list[Run], text: bytearray, device: torch.device) -> list[Ru
         except FloatingPointError as error:
             print(f"train.py: {name}: {error}", file=sys.stderr)
         except RuntimeError as error:
-            # While a step is recorded, its error becomes the context of another one.
-            if not isinstance(error.__context__ or error, torch.OutOfMemoryError):
+            # Where memory runs out while a step is recorded, to end the recording fails, too. Of
+            # this second error Python keeps the first one as the context.
+            causes = (error, error.__context__)
+            if not any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
                 raise
             print(f"train.py: {name}: the GPU's memory does not suffice: lower --batch",
                   file=sys.stderr)
@@ -564,10 +580,10 @@ def write_comparison(finished: list[Run], out: Path, is_emulated: bool) -> None:
         table = csv.DictWriter(file, ["recipe", *FORMATS], extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
-    draw_losses(finished, out / "loss.png")
     print_table(rows, is_emulated)
     if len({row["seed"] for row in rows}) > 1:
         print_seeds(rows)
+    draw_losses(finished, out / "loss.png")
     print(f"\nwritten to {out}")
 
 
@@ -589,6 +605,10 @@ def main(argv=None) -> int:
         try:
             require(min(args.seeds) >= 0 and len(set(args.seeds)) == len(args.seeds),
                     "--seeds must be different numbers from 0 on", args.seeds)
+            require(not args.data or not args.out or not os.path.exists(args.out)
+                    or not os.path.samefile(args.data, args.out),
+                    "--out is the folder of --data, which would read its own logs: give another "
+                    "--out", args.out)
             specs = choose_specs(args)
             preset = choose_preset(args, device)
             text, sentence = read_text(args.data)
@@ -610,7 +630,8 @@ def main(argv=None) -> int:
             if finished:
                 write_comparison(finished, out, is_fp8_emulated(device))
         except KeyboardInterrupt:
-            print(f"train.py: stopped; the same command with --out {out} goes on", file=sys.stderr)
+            print(f"train.py: stopped; the same command with --out {out} keeps the runs that have "
+                  "finished", file=sys.stderr)
             return 130
         except OSError as error:
             print(f"train.py: {error}", file=sys.stderr)

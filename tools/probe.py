@@ -6,8 +6,8 @@ Trains flow as train.py does, each step called. Every N steps one more batch run
 are dropped, and X, A, dY and dH of each layer are looked at: their largest magnitude; the widest
 spread of row scales in a 128x128 tile, in binades; the share of elements that the direct transpose
 turns to zero; and the signal to noise ratio of the row-wise tensor, which is rounded once, and of
-what the direct and the requantizing transpose make of it. The same ratios for dW1 = dH^T X and dW2 = dY^T A, whose
-products are exact here, say what this does to the weights' gradients.
+what the direct and the requantizing transpose make of it. The same ratios for dW1 = dH^T X and
+dW2 = dY^T A, whose products are exact here, say what this does to the weights' gradients.
 """
 import argparse
 import csv

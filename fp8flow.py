@@ -2,11 +2,14 @@
 (arXiv 2511.02302).
 
 An FP8 tensor is x ~ code * scale: a byte for every element, an fp32 scale for a block of 128 of
-them (of weights, for 128x128). A matrix product sums codes, 128 at a time, and a scale can leave
-such a sum only if it is constant along it. So blocks lie along the axis that is summed over: for
-outputs (fprop) and input gradients (dgrad) along a tensor's rows, for weight gradients (wgrad),
-which sum over tokens, along its columns. The same tensor is needed twice, with scales along either
-axis.
+them (or for a tile of 128x128). A matrix product sums the products of codes, 128 at a time, and
+
+    sum of (s * code) * (t * code') = s * t * sum of code * code'
+
+holds only if the scales s and t are constant along the sum. So blocks lie along the axis that is
+summed over. Outputs (fprop) and input gradients (dgrad) sum along a tensor's rows. Weight gradients
+(wgrad) sum over tokens, along its columns. The same tensor is needed twice, with scales along
+either axis.
 
 An expert layer is two grouped linears, fc1 and fc2, around SwiGLU: H = X W1^T,
 A = SwiGLU(H) * prob, Y = A W2^T. In one forward and backward, four tensors besides the weights
@@ -20,9 +23,9 @@ enter GEMMs, each twice:
 
 The naive dataflow casts each of the four three times: quantize row-wise (Q), dequantize (DQ),
 quantize column-wise (Q'). That is 12 explicit casts, launches that do no more than change the
-precision of an activation or find new scales in it. And it rounds twice: a code at one scale is
-seldom a code at another. With powers of two as scales it is one: only its exponent changes, exactly
-while codes stay normal, 2^-6 or more.
+precision of an activation or find new scales in it. And it rounds twice: what a code is worth at
+one scale is seldom worth a code at another. Between two scales that are powers of two it is: only
+the exponent of the code changes. That is exact while codes stay normal, 2^-6 or more.
 
 The direct transpose has a price: it shares one scale in a 128x128 tile, so that rows far smaller
 than the largest round to subnormal codes or vanish. Only wgrad reads its result, and wgrad can pay:
@@ -316,7 +319,7 @@ class FP8Experts(torch.autograd.Function):
 
     x [T, D] bf16, top_k_weights [T, k] fp32, w1 [E, 2F, D], w2 [E, D, F] -> [T, D] bf16.
     A name tells what x and dy are: _fp8 as they came, [T, D]; _slots permuted and padded, [M, D];
-    _columns transposed, [D, M], for wgrad.
+    _columns transposed, [D, M], for wgrad. What is _kept is so from forward to backward.
     """
 
     @staticmethod
@@ -332,9 +335,9 @@ class FP8Experts(torch.autograd.Function):
         y = kernels.grouped_gemm(a, w2_fp8, plan.tile_expert, plan.ends)
         y = unpermute(y, plan, recipe)
 
-        # Kept for backward: X in FP8, permuted or not; H in bf16; W1^T and W2^T. Naive keeps A,
-        # too, since making it again from H would cost a cast. What is saved here is freed at the
-        # end of backward; an attribute would live on.
+        # Kept for backward: the plan; H in bf16; X in FP8, permuted or not; W1^T and W2^T. Where
+        # SwiGLU is unfused (naive), A, too, since making it again from H would cost a cast. What is
+        # saved here is freed at the end of backward; an attribute would live on.
         x_kept = x_fp8 if keeps_x_unpermuted(recipe) else x_slots
         nothing = QTensor(None, None, recipe.scales)
         a_kept = a if recipe.swiglu == "unfused" else nothing
@@ -348,17 +351,18 @@ class FP8Experts(torch.autograd.Function):
     @plain_backward
     def backward(ctx, dy):
         recipe = ctx.recipe
-        saved = ctx.saved_tensors       # Once: torch.utils.checkpoint makes them in this call.
+        saved = ctx.saved_tensors       # Once: torch.utils.checkpoint refuses a second call.
         plan = Plan(*saved[:5])
         h, prob = saved[5:7]
-        x, a, w1_t, w2_t = qtensors(saved[7:], recipe.scales)
+        x_kept, a_kept, w1_t, w2_t = qtensors(saved[7:], recipe.scales)
         wants_dx, _, wants_dw1, wants_dw2, *_ = ctx.needs_input_grad
         dx = dw1 = dw2 = None
 
         dy_fp8 = kernels.quantize(dy, recipe.scales)                    # naive 3, flow 2: Q(dY)
         dy_slots = permute(dy_fp8, plan, recipe)
         da = kernels.grouped_gemm(dy_slots, w2_t, plan.tile_expert, plan.ends)
-        dh, dprob, a = swiglu_backward_to_fp8(da, h, prob, a, plan, recipe)     # naive 4: Q(dH)
+        dh, dprob, a = swiglu_backward_to_fp8(                          # naive 4: Q(dH)
+            da, h, prob, a_kept, plan, recipe)
         del da, dy_fp8                  # Their memory is free for the next tensors.
         if wants_dx:
             dx = kernels.grouped_gemm(dh, w1_t, plan.tile_expert, plan.ends)
@@ -371,7 +375,7 @@ class FP8Experts(torch.autograd.Function):
         if wants_dw1:
             dh_columns = column_wise(dh, plan, recipe)                  # naive 9 10: DQ(dH) Q'(dH)
             token = plan.token if keeps_x_unpermuted(recipe) else None
-            x_columns = column_wise(x, plan, recipe, token)             # naive 11 12: DQ(X) Q'(X)
+            x_columns = column_wise(x_kept, plan, recipe, token)        # naive 11 12: DQ(X) Q'(X)
             dw1 = kernels.grouped_wgrad(dh_columns, x_columns, plan.ends, ctx.wgrad_dtype)
         return dx, dprob[plan.slot], dw1, dw2, None, None       # none for the plan and the recipe
 
@@ -396,7 +400,7 @@ class BF16Experts(torch.autograd.Function):
     """The baseline: the same plan, permute and SwiGLU kernels, torch's grouped GEMM.
 
     What it keeps is chosen for speed, as autograd would: X permuted, H and A. torch's GEMM writes
-    weight gradients in bf16, which autograd widens for fp32 masters; the FP8 one writes fp32.
+    weight gradients in bf16, which autograd widens for fp32 masters; the FP8 one writes fp32 there.
     """
 
     @staticmethod
@@ -490,8 +494,8 @@ def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w1: Tensor, w
     so they are never stale. Gradients of x, w1 and w2 are computed only where they are wanted, and
     autocast outside changes no bit inside, forward or backward. Zero tokens give zeros and zero
     gradients.
-    Raises ValueError, without a sync, for anything else (an index out of range: see make_plan),
-    and RuntimeError for a second derivative.
+    Raises ValueError for anything else, before any GPU work, and RuntimeError for a second
+    derivative. (An index out of range is found without a sync: on a GPU the device asserts.)
     """
     recipe = parse_spec(recipe)
     check_layer(x, top_k_index, top_k_weights, w1, w2)

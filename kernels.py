@@ -9,9 +9,9 @@ scale is one fp32 number for a group of codes along the axis that a GEMM sums ov
     activation, column-wise   transposed, 128 x 128 tiles    wgrad sums over tokens
                               (requantized: 1 x 128 blocks of the transposed tensor)
 
-(Rows of a weight are of one size, so they can share a scale. Tokens differ.) In a GEMM the tensor
-core sums 128 products of codes, and the sum is *promoted*: multiplied by the two scales, and added
-to an fp32 sum. Then come the next 128.
+(The rows of a weight have similar magnitudes, so they can share a scale. Tokens differ.) In a GEMM
+the tensor core sums 128 products of codes, and the sum is *promoted*: multiplied by the two scales,
+and added to an fp32 sum. Then come the next 128.
 
 An operation is three parts, always in this order:
 
@@ -31,14 +31,14 @@ that no expert uses, and kernels skip these. `ends` [E] says where each expert's
 
 The first evening is everything up to the last section: E4M3 and its scales, the door, quantize, the
 transposes, SwiGLU, the plan's slots, moving rows, weights, and the grouped GEMM as a loop. The last
-section is the second evening: the same product for Hopper (H100, H200; compute capability 9), whose
-tensor core does not wait, in Gluon. That is Triton's lower level, where layouts, shared memory and
-barriers are in one's own hands.
+section is the second evening: the same product for Hopper (H100, H200; compute capability 9), in a
+form that keeps the tensor core busy, in Gluon. That is Triton's lower level, where layouts, shared
+memory and barriers are in one's own hands.
 
 In kernels `r` and `c` are the rows and columns that a program works on, and `live` is the mask of
 those that exist. x + at is a block of pointers, which tl.load and tl.store follow.
 Padding and unused are two things: *padding* is slots of zeros at the end of an expert's last tile,
-*unused* are whole tiles at the end of all, in which nothing is written.
+*unused* are whole tiles at the end of all, in which nothing is written (but zeros by `transpose`).
 
 Shapes: R rows, C columns of any matrix; T tokens, M padded token slots, F expert width, E experts;
 a GEMM is [M, K] times [N, K]^T (in wgrad M and N are widths, and K is the slots).
@@ -248,7 +248,8 @@ def _scale_of(amax_bits, POW2: tl.constexpr):
         biased = (amax_bits >> 23) - 8 + rounds_up              # of 3.0: 120
         biased = tl.maximum(tl.where(finite, biased, 1), 1)     # 1 stands for 2^-126
         scale = (biased << 23).to(tl.float32, bitcast=True)
-        # scale = 2^(biased - 127), so 1 / scale = 2^(127 - biased): biased, that is 254 - biased.
+        # scale = 2^(biased - 127), so 1 / scale = 2^(127 - biased), whose exponent's bits are
+        # 254 - biased.
         factor = ((2 * 127 - biased) << 23).to(tl.float32, bitcast=True)
     else:
         amax = amax_bits.to(tl.float32, bitcast=True)
@@ -396,8 +397,11 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32,
 # launches of naive, dequantize, transpose and quantize. `requantize` makes one launch of the three.
 #
 # What does one scale for a tile cost? In a row far smaller than the largest one codes become
-# subnormal, and lose bits, or zero. wgrad can pay that: the 128 rows are terms of one sum, in which
-# such a row hardly counts. fprop and dgrad cannot: there each row has a result of its own.
+# subnormal and lose bits (all codes of a row whose scale is S/2^15), or zero (all at S/2^19).
+# wgrad can pay that: the 128 rows are terms of one sum, in which such a row hardly counts. (A term
+# is a product of two rows, of dY and X, say. Both factors would have to be out of proportion. While
+# the presets train, the gradients of the weights lose nothing that shows: tools.probe measures it.)
+# fprop and dgrad cannot pay: there each row has a result of its own.
 
 def scaling_aware_transpose_twin(q: QTensor, rows: Tensor | None = None,
                                  tile_expert=None) -> QTensor:
@@ -447,7 +451,7 @@ def _scaling_aware_transpose_kernel(
     factor = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True)        # 2^-k
     # fp16 is enough, and faster than fp32. A code has 4 significant bits, and fp16 reaches down to
     # 2^-24: so a product of 2^-21 or more is exact. What is smaller becomes 0 in any case, since
-    # E4M3's smallest code is 2^-9.
+    # E4M3's smallest code is 2^-9; so does all where the factor itself is 0 in fp16.
     values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     codes = _encode(values * factor.to(tl.float16)[:, None])
     tl.store(out + c[:, None].to(tl.int64) * M + slot[None, :], tl.trans(codes))
@@ -505,8 +509,8 @@ def transpose(x: Tensor, tile_expert: Tensor | None = None) -> Tensor:
     """[R, C] -> [C, R], R and C multiples of 128: the middle one of naive's three launches.
     (PyTorch's copy runs at a fraction of the bandwidth.)
 
-    tile_expert [R/128] int32: the kernel writes zeros in tiles marked -1, so that the quantize
-    after it reads nothing unwritten.
+    tile_expert [R/128] int32: the kernel writes zeros in tiles marked -1. The quantize after it
+    works on all tiles, and shall read nothing that was never written.
     """
     R, C = x.shape
     require(R % BLOCK == 0 and C % BLOCK == 0 and covers(tile_expert, R),
@@ -630,7 +634,7 @@ def _emit(like: Tensor, R: int, C: int, scales: str | None):
 
 
 def _swiglu_tile(F: int) -> dict:
-    """A program makes 2048 outputs, 16 for each thread of 4 warps, in columns that divide F."""
+    """A program's tile: 2048 elements, 16 for each thread of 4 warps, in columns that divide F."""
     columns = math.gcd(F, 2048)
     return dict(R_TILE=2048 // columns, C_TILE=columns, num_warps=4)
 
@@ -920,9 +924,9 @@ def quantize_weight_twin(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTen
 def _encode_again(x, factor):
     """The codes of _encode(x * factor), from a second conversion.
 
-    One conversion could serve W and W^T, but ptxas 12.9 then corrupts the transposed store
-    (github.com/triton-lang/triton/issues/11111). Halving and doubling are exact, and keep the
-    compiler from making one conversion of the two.
+    One conversion could serve W and W^T, but ptxas 12.9, NVIDIA's assembler, then corrupts the
+    transposed store (github.com/triton-lang/triton/issues/11111). Halving and doubling are exact,
+    and to the compiler the two conversions are not the same one.
     """
     return _encode(x * (factor * 0.5) * 2.0)
 
@@ -972,7 +976,8 @@ def quantize_weight(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTensor]:
 #
 # Two products: fprop and dgrad sum over a width, and each tile of rows has its expert's weight.
 # wgrad sums over the slots of each expert. On Hopper the kernel of the last section takes over,
-# with the same bits.
+# with the same bits. Why promote every 128 products? Hopper's tensor core keeps about 14 bits of a
+# sum of FP8 products and truncates the rest, which over thousands of products would be too much.
 
 def grouped_gemm_twin(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor) -> Tensor:
     x = dequantize_twin(a)
@@ -993,11 +998,8 @@ def _grouped_gemm_kernel(
         out,                        # [M, N] bf16
         M, N, K):
     """Grid (N/128, M/128): a program makes one 128x128 tile of out, in K-steps of 128 products.
-    Neighbours share rows of a, which then come from the L2 cache.
-
-    Hopper's tensor core keeps about 14 bits of a sum of FP8 products and truncates the rest. So
-    each partial sum of 128 is promoted: the CUDA cores multiply it by its scales, and add it to an
-    fp32 accumulator.
+    Neighbours share rows of a, which then come from the L2 cache. The last line of the loop
+    promotes.
     """
     n = tl.program_id(0)
     m = tl.program_id(1)
@@ -1023,7 +1025,8 @@ def _grouped_gemm_kernel(
 
 @operation(grouped_gemm_twin)
 def grouped_gemm(a: QTensor, b: QTensor, tile_expert: Tensor, ends: Tensor) -> Tensor:
-    """out[rows of expert e] = a[rows of e] @ b[e]^T: fprop with W, dgrad with W^T.
+    """out[rows of expert e] = a[rows of e] @ b[e]^T. In fprop b is W (X @ W^T), in dgrad it is what
+    quantize_weight returned as W^T (dH @ W).
 
     a [M, K] in 1x128 blocks, b [E, N, K] in 128x128 tiles -> [M, N] bf16; all multiples of 128.
     tile_expert [M/128] int32: the expert of each tile of rows, -1 past the last one (those rows
@@ -1119,7 +1122,7 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor,
     return out
 
 
-# ---- grouped GEMM on Hopper: the loop without waiting, in Gluon ----------------------------------
+# ---- grouped GEMM on Hopper: a tensor core that is kept busy, in Gluon ---------------------------
 #
 # The second evening. `acc += dot * scale` makes a program wait for the tensor core, and then makes
 # the tensor core wait while the CUDA cores promote. Here a program is three roles that run at the
@@ -1139,9 +1142,11 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor,
 #     tensor core    for 0       for 1       for 0       for 1       for 0       for 1
 #     loader         copies the tiles of later K-steps, whenever a stage is free
 #
-# What makes the consumers take turns? No barrier. Both start at once, but the tensor core cannot
-# serve both: consumer 1 has its first product later, by about the length of a product. From then on
-# each finds the tensor core free when it has promoted, because the other is promoting then.
+# What makes the consumers take turns? No barrier. Both start at once, and the tensor core serves a
+# product after the other: so consumer 1 has its first one later, by the length of a product. From
+# then on each finds the tensor core free when it has promoted, because the other is promoting then.
+# (That products are served one after the other is not documented. It shows in the time: mixed, both
+# would end together and promote together, and the kernel would be no faster than the loop.)
 #
 # The loop above leaves gaps because in one program product and promotion come one after the other.
 # More stages would not close them: it has three K-steps under way already (num_stages=3), and does
@@ -1149,46 +1154,49 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor,
 # sum of 128 x 128 fp32 numbers in registers. That is 128 KB of 256 KB, and with some registers for
 # addresses only one program fits.
 #
-# The roles meet at `mbarrier`s, counters in shared memory. Each stage has one that says `empty`
-# (both consumers have read it) and two that say `full` (the bytes have arrived), for a with the
-# left half of b, and for the right half of b. Loader and consumers count K-steps alike, i = 0, 1,
-# 2, ..., and with four stages they wait like this:
+# The roles meet at `mbarrier`s, counters in shared memory. A barrier expects a number of arrivals
+# and of bytes. When all have come, a phase of it ends: it flips one bit, its parity, and counts
+# anew. `mbarrier.wait(barrier, p)` returns when the parity is p. A new barrier has parity 1, and so
+# it has parity 0 after its first phase.
 #
-#     K-step i    stage i % 4    use i // 4    a consumer waits for      the loader waits for
-#     0 .. 3      0 .. 3         0             full has parity 0         empty has parity 1: a new
-#                                                                        barrier has, it passes
-#     4 .. 7      0 .. 3         1             full has parity 1         empty has parity 0
-#     8 .. 11     0 .. 3         2             full has parity 0         empty has parity 1
+# Each stage has a barrier `empty`, for the arrivals of both consumers when they have read it, and
+# two barriers `full`, for the bytes of a with the left half of b, and of the right half of b. Stage
+# 0, one event after the other:
 #
-# A barrier goes through one phase in each use of its stage: that of `full` ends when the bytes are
-# there, that of `empty` when both consumers have read them. Of the phase that ended last it
-# remembers the parity alone: 0 if that was use 0, 2, 4, ..., and 1 if it was use 1, 3, 5, ... .
-# `mbarrier.wait(barrier, p)` returns when that is p. A new barrier has parity 1, as if a use -1 had
-# ended: so the loader passes in use 0, where there is nothing to give back. In use u a consumer
-# waits for the end of phase u of `full`, and the loader for the end of phase u - 1 of `empty`. The
-# parity is enough, because neither side can be two phases ahead of the other.
+#     use 0   loader      waits until empty has parity 1: a new barrier has, so it passes at once
+#             loader      asks for the bytes of K-step 0; when they are there, full has parity 0
+#             consumers   wait until full has parity 0, read the stage, and arrive at empty
+#                         when both have, empty has parity 0
+#     use 1   loader      waits until empty has parity 0: use 0 is over
+#             loader      asks for the bytes of K-step 4; when they are there, full has parity 1
+#             consumers   wait until full has parity 1, read the stage, and arrive at empty
+#                         when both have, empty has parity 1; and so on
+#
+# So in use u a consumer waits for parity u % 2 of `full`, and the loader for the other parity of
+# `empty`. Loader and consumers count K-steps alike, i = 0, 1, 2, ..., which gives them the stage,
+# i % 4, and its use, i // 4. One bit is enough, because each side waits for the other: neither gets
+# two phases ahead.
 #
 # The tile is 128 x 256, since wider tiles read fewer bytes for a product: after the tensor core,
 # what L2 delivers is the next limit. The halves of its columns, `left` and `right`, take turns in a
 # consumer, because registers do not suffice for the partial sums of both. What a multiprocessor
 # has, and where it goes:
 #
-#     registers        65,536       A launch gives all threads alike: 12 warps x 32 x 168 = 64,512.
-#                                   (The loader counts as four warps, since registers are dealt out
-#                                   to groups of four.) Then the loader keeps 40, and the consumers
-#                                   take what it gives back: 3 x 168 = 2 x 232 + 40. Of 232 a thread
-#                                   needs 64 for the sums of the left half (64 x 128 of them over
-#                                   128 threads), 64 for those of the right one, 64 for a partial
-#                                   sum, and 40 for scales and addresses.
+#     registers        65,536       at launch      12 warps x 32 threads x 168 = 64,512
+#                                   then, a group of four warps each, and the loader as one of them:
+#                                   2 consumers    232 a thread: 64 for the sums of the left half
+#                                                  (64 x 128 over 128 threads), 64 for those of the
+#                                                  right one, 64 for a partial sum, 40 for the rest
+#                                   1 loader       40 a thread; 2 x 232 + 40 = 3 x 168
 #     shared memory    227 KB       4 stages x (128 + 256) rows x 128 bytes: 192 KB,
 #                                   and 32 KB of buffers for stores
 #
 # Words of Gluon. A *layout* says which thread holds which elements of a tensor in registers: SUM is
-# the one in which wgmma leaves its sums. A *slice* of it, SliceLayout(1, SUM), is for one number a
-# row: each thread holds those of the rows that it has in SUM, so the two multiply in place
-# (SliceLayout(0, SUM): one number a column). A *swizzled* layout is for shared memory, where bytes
-# lie in 32 banks that serve one request at a time: it rotates the pieces of each row, so that
-# threads which read down a column ask different banks. wgmma and TMA want it so.
+# the one in which wgmma leaves its sums. A *slice*, SliceLayout(1, SUM), is SUM without its axis 1,
+# for one number per row: each thread holds the numbers of the rows that it has in SUM, so the two
+# multiply in place. (SliceLayout(0, SUM): one number per column.) A *swizzled* layout is for shared
+# memory, where bytes lie in 32 banks that serve one request at a time: it rotates the pieces of
+# each row, so that threads which read down a column ask different banks. wgmma and TMA want it so.
 #
 # Lines marked `# naive` are for a b that has one scale per column, in the wgrad of every recipe
 # whose transpose is not direct. A thread would need 64 of these scales, for which registers do not
@@ -1203,8 +1211,8 @@ LAUNCH_REGISTERS = 168                  # a thread, a multiple of 8
 CONSUMER_REGISTERS = 232
 LOADER_REGISTERS = 40
 # warp_specialize below runs its first function, consumer 0, on the warps of the launch (num_warps
-# is 4), with the registers that are left. The lists are for the others, consumer 1 and the loader.
-_WORKER_WARPS = gl.constexpr([4, 1])
+# is 4), with the registers that are left. The lists are for its second and third function.
+_WORKER_WARPS = gl.constexpr([4, 1])                    # consumer 1, loader
 _WORKER_REGISTERS = gl.constexpr([CONSUMER_REGISTERS, LOADER_REGISTERS])
 
 # Triton 3.8 renamed these three.
@@ -1227,6 +1235,8 @@ def _locate(tile, problem, WGRAD: gl.constexpr):
         m = 1     1  5   9
         m = 2     2  6  10
         m = 3     3  7  11
+        m = 4    12 14  16          the last band may have fewer rows
+        m = 5    13 15  17
 
     Rows of tiles that no expert uses come last, and are not counted: no expert is -1 here.
     """
@@ -1279,8 +1289,8 @@ def _loader(a, b, b_scale, ring, problem, tiles,
                 right_col = gl.minimum(col // _TILE + 1, N // _TILE - 1) * _TILE    # naive
                 _copy(left_scales, scales + col)                                    # naive
                 _copy(right_scales, scales + right_col)                             # naive
-                # `left_full` waits for both copies: each thread adds one to the arrivals that this
-                # phase needs, and arrives when its copies have ended.
+                # `left_full` waits for both copies: each of 32 threads adds an arrival to the one
+                # that this phase needs, and arrives when its copies have ended.
                 async_copy.mbarrier_arrive(left_full)                               # naive
             # `expect` arrives, and tells the barrier how many bytes to wait for besides. Rows of b
             # past N are those of the next expert, or zeros; their products are not stored.
@@ -1295,16 +1305,16 @@ def _loader(a, b, b_scale, ring, problem, tiles,
 
 @gluon.jit
 def _pin(x):
-    """A barrier for the compiler, which must compute x before it: an instruction that needs x, has
-    unknown effects (is_pure=False), and is empty. ("=f,0": its result is an fp32 register, the one
-    that x came in. pack=1: one element at a time.)"""
+    """Makes the compiler finish x here, and not later: an instruction that needs x, and of whose
+    effects it knows nothing (is_pure=False). It is empty. ("=f,0": the result is an fp32 register,
+    the one that x came in. pack=1: one element at a time.)"""
     return gl.inline_asm_elementwise("", "=f,0", [x], dtype=gl.float32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _product(a, b, SUM: gl.constexpr):
-    """a [64, 128] times b [128, 128]^T by wgmma, fp32 in layout SUM. To wait at once, until 0 of
-    its products are unfinished, costs nothing: meanwhile the other consumer promotes."""
+    """a [64, 128] times b [128, 128]^T by wgmma, fp32 in layout SUM. That the consumer waits for it
+    here (until 0 products are unfinished) costs nothing: meanwhile the other one promotes."""
     zero = gl.zeros([_ROWS, _TILE], gl.float32, SUM)
     partial = hopper.warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
     return hopper.warpgroup_mma_wait(0, deps=[partial])
@@ -1432,8 +1442,7 @@ def _store_box(x, out, row, col, buffer, WAIT: gl.constexpr = 0):
     those of other buffers."""
     tma.store_wait(WAIT)
     buffer.store(x.to(out.dtype))
-    # The copy engine reads shared memory past the threads: without the fence it could read what was
-    # there before these writes.
+    # The copy engine need not see what threads have written to shared memory before this fence.
     hopper.fence_async_shared()
     _tma_store(out, [row, col], buffer)
 
@@ -1457,7 +1466,7 @@ def _hopper_gemm_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(2 * stage), count=1)           # The loader arrives,
         mbarrier.init(full.index(2 * stage + 1), count=1)
-        mbarrier.init(empty.index(stage), count=2)              # and each consumer, as one.
+        mbarrier.init(empty.index(stage), count=2)              # one thread of each consumer there
     hopper.fence_async_shared()         # The copy engine must see the barriers as they are now.
     n_tiles = gl.cdiv(N, _WIDE)
     if WGRAD:

@@ -1872,20 +1872,19 @@ def test_the_schedule_by_hand():
 
 
 def test_validation_reads_all_of_the_text():
-    """Half of it zeros, half of it ones, by a model whose loss is the mean of what it is to say:
+    """Half of it zeros, half of it ones, by a step whose loss is the mean of what is to be said:
     each half counts alike, and both ends are read."""
-    preset = train_py.replace(train_py.PRESETS["tiny"], seq_len=16)
+    window = torch.zeros(8, 17, dtype=torch.int64)
     seen = []
 
-    def mean_of_targets(inputs, targets):
-        seen.append(torch.cat([inputs[:, :1], targets], 1))
-        return targets.float().mean(), None
+    def mean_of_targets():
+        seen.append(window.clone())
+        return torch.stack([window[:, 1:].float().mean(), torch.tensor(9.0)])
 
     text = torch.arange(20_000) >= 10_000
-    assert train_py.validate(mean_of_targets, text, preset) == pytest.approx(0.5, abs=0.01)
-    positions = torch.arange(20_000, dtype=torch.int32)
+    assert train_py.validate(mean_of_targets, window, text) == pytest.approx(0.5, abs=0.01)
     seen.clear()
-    train_py.validate(mean_of_targets, positions, preset)
+    train_py.validate(mean_of_targets, window, torch.arange(20_000))
     windows = torch.cat(seen)
     assert windows[0, 0] == 0 and windows[-1, -1] == 19_999 and windows[:, 0].diff().min() > 0
 
@@ -1901,7 +1900,7 @@ def read_csv(path):
 def small_train(files, monkeypatch):
     """small_train(arguments) -> exit code: small runs in this process, on the twins."""
     monkeypatch.setattr(kernels, "use_kernels", lambda x: False)
-    monkeypatch.setattr(train_py, "VAL_WINDOWS", 1)
+    monkeypatch.setattr(train_py, "VAL_BATCHES", 1)
     monkeypatch.setattr(model.GPT, "generate", lambda gpt, prompt, n: prompt + b"\xff")
 
     def run(*arguments):
@@ -2161,7 +2160,7 @@ def test_too_little_memory_while_recording(files, monkeypatch, capsys):
         assert torch.cuda.is_current_stream_capturing()
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
     before_forward(monkeypatch, 3, exhaust)                 # of bf16, after two that are discarded
-    monkeypatch.setattr(train_py, "VAL_WINDOWS", 1)
+    monkeypatch.setattr(train_py, "VAL_BATCHES", 1)
     assert train_py.main("bf16 flow --preset tiny --steps 3 --out x".split()) == 1
     error = capsys.readouterr().err
     assert "bf16, seed 0: the GPU's memory does not suffice: lower --batch" in error

@@ -60,7 +60,7 @@ class Preset(GPTConfig):
 PRESETS = {
     "tiny": Preset(
         n_layers=1, d_model=128, n_heads=4, d_expert=128, n_experts=4, top_k=2, seq_len=128,
-        batch=8, steps=300, lr=4e-3),
+        batch=8, steps=240, lr=4e-3),
     "small": Preset(
         n_layers=4, d_model=1024, n_heads=8, d_expert=1024, n_experts=8, top_k=2, seq_len=512,
         batch=32, steps=1200, lr=8e-4),
@@ -70,8 +70,7 @@ PRESETS = {
 }
 BALANCE = 0.1               # weight of the load-balancing loss: runs are short, it must act early
 CLIP = 1.0                  # largest gradient norm
-VAL_WINDOWS = 32            # times the batch: so many windows of text are for validation
-VAL_BATCH = 4               # windows at once: few, since the graph keeps the memory of a step
+VAL_BATCHES = 32            # so many times the windows of a step are validated on
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -171,16 +170,19 @@ def learning_rate(step: int, preset: Preset) -> float:
     return preset.lr * max(0.01, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-@torch.no_grad()
-def validate(model: GPT, text: Tensor, preset: Preset) -> float:
-    """Mean loss in nats a byte over windows spread evenly over the text: the same every time."""
-    count = VAL_WINDOWS * preset.batch
-    last = len(text) - preset.seq_len - 1
-    starts = torch.arange(count, device=text.device) * last // max(1, count - 1)
+def validate(run_step, window: Tensor, text: Tensor) -> float:
+    """Mean loss in nats a byte over windows spread evenly over the text: the same every time.
+
+    run_step is that of training, and works on `window`. Its gradients are of no use here. But where
+    it is recorded, validation takes no memory besides that of training.
+    """
+    batch, length = window.shape
+    count = VAL_BATCHES * batch
+    starts = torch.arange(count, device=text.device) * (len(text) - length) // max(1, count - 1)
     losses = []
-    for some in starts.split(VAL_BATCH):
-        window = windows_at(text, some, preset.seq_len)
-        loss, _ = model(window[:, :-1], window[:, 1:])
+    for some in starts.split(batch):
+        window.copy_(windows_at(text, some, length - 1))
+        loss, *_ = run_step().clone()           # A replay writes into the same tensor again.
         losses.append(loss)
     return torch.stack(losses).mean().item()
 
@@ -316,7 +318,7 @@ def train(run: Run, text: Tensor, val_text: Tensor) -> dict:
 
             val_loss = None
             if step + 1 in (preset.steps // 2, preset.steps):
-                val_loss = validate(model, val_text, preset)
+                val_loss = validate(run_step, window, val_text)
                 began = time.perf_counter()     # Validation is no part of a step's time.
             log.writerow([step, loss, val_loss, speeds[-1], lr, grad_norm, balance])
             file.flush()

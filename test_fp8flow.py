@@ -28,6 +28,7 @@ if not CUDA and __name__ != "__main__":
 import contextlib
 import copy
 import csv
+import doctest
 import gc
 import importlib.util
 import inspect
@@ -1388,9 +1389,7 @@ except ValueError as error:
 def test_the_hugging_face_lines_of_the_readme(tmp_path):
     """A Qwen3-MoE against eager, and one with GELU, beside PyPI's `kernels` where it is there."""
     pytest.importorskip("transformers")
-    pieces = re.findall(r"(?:^    .*\n|^\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
-    lines, = [piece for piece in pieces if "ALL_EXPERTS_FUNCTIONS" in piece]
-    code = HUGGING_FACE.replace("LINES", textwrap.dedent(lines))
+    code = HUGGING_FACE.replace("LINES", indented("ALL_EXPERTS_FUNCTIONS"))
     (tmp_path / "fp8_flow_moe").symlink_to(ROOT)
     if importlib.util.find_spec("kernels").origin == str(ROOT / "kernels.py"):
         (tmp_path / "kernels.py").write_text("")            # PyPI's is hidden, or not installed.
@@ -2118,10 +2117,9 @@ def test_saved_weights_continue_a_text(small_train, monkeypatch, capsys):
     monkeypatch.setattr(model.GPT, "generate", keep)
     assert small_train("flow", "--out", "out/1", "--save") == 0
     monkeypatch.setattr(model.GPT, "generate", GENERATE)
-    pieces = re.findall(r"(?:^    .*\n|^\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
-    lines, = [piece for piece in pieces if "torch.load(" in piece]
+    lines = indented("torch.load(")
     capsys.readouterr()
-    exec(textwrap.dedent(lines).replace(", 400)", ", 20)"), {})
+    exec(lines.replace(", 400)", ", 20)"), {})
     assert capsys.readouterr().out == written[0].decode("utf-8", "replace") + "\n"
 
 
@@ -2410,6 +2408,72 @@ def test_the_walk_shows_every_case(twins_on_cpu, capsys):
         assert row in shown
     assert "requantized, fp32 scales 28.72 3.67% 0.0% 0.0%" in shown
     assert "direct transpose, pow2 31.46 2.67% 0.0% 0.0%" in shown
+
+
+# ---- README: what is drawn there as text ---------------------------------------------------------
+
+def indented(words: str) -> str:
+    """The indented piece of README.md that holds these words."""
+    pieces = re.findall(r"(?:^    .*\n|^\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
+    piece, = [piece for piece in pieces if words in piece]
+    return textwrap.dedent(piece)
+
+
+def numbers_behind(piece: str, label: str) -> list[float]:
+    """Those of the line that begins so, or of what follows the label in a line."""
+    line, = [line for line in piece.splitlines() if label in line]
+    line = line.partition(label)[2]
+    return [float(word) for word in re.findall(r"-?[\d.]+\b", line.split("scale")[0])]
+
+
+def test_the_six_lines_print_what_readme_says():
+    test = doctest.DocTestParser().get_doctest(indented(">>> import"), {}, "README.md", None, 0)
+    runner = doctest.DocTestRunner()
+    assert runner.run(test) == (0, 8)
+
+
+def test_the_tile_in_readme():
+    piece = indented("column 3")
+    q = kernels.quantize(walk.toy_tile())
+    t = kernels.scaling_aware_transpose(q)
+    for i in range(4):
+        row, column = (x.data[i, :4].float().tolist() for x in (q, t))
+        assert numbers_behind(piece, f"row {i}") == pytest.approx(row, rel=5e-3)
+        assert numbers_behind(piece, f"column {i}") == pytest.approx(column, rel=5e-3)
+    assert q.scale[0, :4].log2().tolist() == [1, 0, -1, -13] and t.scale.item() == 2
+    assert re.findall(r"scale (\S+)", piece) == ["2", "1", "2^-1", "2^-13", "2"]
+
+
+def test_the_slots_in_readme(monkeypatch):
+    monkeypatch.setattr(kernels, "use_kernels", lambda device: False)
+    monkeypatch.setattr(kernels, "BLOCK", 4)
+    plan = fp8flow.make_plan(torch.tensor([[2, 0], [2, 1]]), 3)
+    piece = indented("tile_expert").replace(".", "-1")
+    assert numbers_behind(piece, "token   ") == plan.token.tolist()
+    assert numbers_behind(piece, "tile_expert") == plan.tile_expert.tolist()
+    assert numbers_behind(piece, "ends") == plan.ends.tolist()
+    first, second = plan.slot.tolist()
+    assert f"token 0: {first[0]} and {first[1]}" in piece
+    assert f"token 1: {second[0]} and {second[1]}" in piece
+
+
+def test_the_ring_in_readme():
+    """By a ring of four stages whose barriers flip a bit: nothing waits for ever, and what is
+    waited for is what README says."""
+    full = [1, 1, 1, 1]                         # the parity of a new barrier
+    empty = [1, 1, 1, 1]
+    rows = []
+    for i in range(6):
+        stage = i % 4
+        use = i // 4
+        parity = use % 2                        # as in _loader and _consumer
+        assert empty[stage] == 1 - parity       # The loader passes,
+        full[stage] ^= 1                        # and the bytes come.
+        assert full[stage] == parity            # The consumers pass,
+        empty[stage] ^= 1                       # read, and arrive.
+        rows.append([i, stage, use, 1 - parity, parity])
+    lines = indented("of parity").strip().splitlines()[1:]
+    assert [[int(number) for number in re.findall(r"\d+", line)] for line in lines] == rows
 
 
 if __name__ == "__main__":              # what the tests above start in processes of their own

@@ -397,7 +397,7 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32,
 # launches of naive, dequantize, transpose and quantize. `requantize` makes one launch of the three.
 #
 # What does one scale for a tile cost? In a row far smaller than the largest one codes become
-# subnormal and lose bits (all codes of a row whose scale is S/2^15), or zero (all at S/2^19).
+# subnormal and lose bits (in a row of scale S/2^15 all are subnormal), or zero (at S/2^19 all are).
 # wgrad can pay that: the 128 rows are terms of one sum, in which such a row hardly counts. (A term
 # is a product of two rows, of dY and X, say. Both factors would have to be out of proportion. While
 # the presets train, the gradients of the weights lose nothing that shows: tools.probe measures it.)

@@ -32,6 +32,7 @@ import stat
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -220,6 +221,7 @@ def waits_for_device(forward_backward) -> bool:
     torch.cuda.empty_cache()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
+    warnings.filterwarnings("ignore", "Synchronization debug mode")     # "is a prototype feature"
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(side):

@@ -344,7 +344,7 @@ class FP8Experts(torch.autograd.Function):
         ctx.save_for_backward(*plan.tensors(), h, prob, *x_kept[:2], *a_kept[:2], *w1_t[:2],
                               *w2_t[:2])
         ctx.recipe = recipe
-        ctx.wgrad_dtype = wgrad_dtype(w1.dtype)
+        ctx.wgrad_dtypes = wgrad_dtype(w1.dtype), wgrad_dtype(w2.dtype)
         return y
 
     @staticmethod
@@ -356,6 +356,7 @@ class FP8Experts(torch.autograd.Function):
         h, prob = saved[5:7]
         x_kept, a_kept, w1_t, w2_t = qtensors(saved[7:], recipe.scales)
         wants_dx, _, wants_dw1, wants_dw2, *_ = ctx.needs_input_grad
+        dw1_dtype, dw2_dtype = ctx.wgrad_dtypes
         dx = dw1 = dw2 = None
 
         dy_fp8 = kernels.quantize(dy, recipe.scales)                    # naive 3, flow 2: Q(dY)
@@ -370,13 +371,13 @@ class FP8Experts(torch.autograd.Function):
         if wants_dw2:
             dy_columns = column_wise(dy_slots, plan, recipe)            # naive 5 6: DQ(dY) Q'(dY)
             a_columns = column_wise(a, plan, recipe)                    # naive 7 8: DQ(A) Q'(A)
-            dw2 = kernels.grouped_wgrad(dy_columns, a_columns, plan.ends, ctx.wgrad_dtype)
+            dw2 = kernels.grouped_wgrad(dy_columns, a_columns, plan.ends, dw2_dtype)
             del dy_slots, dy_columns, a, a_columns
         if wants_dw1:
             dh_columns = column_wise(dh, plan, recipe)                  # naive 9 10: DQ(dH) Q'(dH)
             token = plan.token if keeps_x_unpermuted(recipe) else None
             x_columns = column_wise(x_kept, plan, recipe, token)        # naive 11 12: DQ(X) Q'(X)
-            dw1 = kernels.grouped_wgrad(dh_columns, x_columns, plan.ends, ctx.wgrad_dtype)
+            dw1 = kernels.grouped_wgrad(dh_columns, x_columns, plan.ends, dw1_dtype)
         return dx, dprob[plan.slot], dw1, dw2, None, None       # none for the plan and the recipe
 
 
@@ -457,6 +458,8 @@ def check_layer(x, top_k_index, top_k_weights, w1, w2) -> None:
                 "it", tensor.device)
         require(name == "top_k_index" or tensor.dtype in FLOATS,
                 f"{name} must be float32, bfloat16 or float16: convert it", tensor.dtype)
+    require(not x.is_cuda or x.device.index == torch.cuda.current_device(),
+            "x must be on the current device: call torch.cuda.set_device first", x.device)
     require(w2.ndim == 3 and len(w2) > 0 and are_widths(*w2.shape[1:]),
             "w2 must be [E, D, F], D and F multiples of 128: pad it", w2.shape)
     E, D, F = w2.shape

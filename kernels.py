@@ -69,6 +69,7 @@ FP8 = torch.float8_e4m3fn
 E4M3_MAX = 448.0                # 1.75 * 2^8
 SCALE_MIN = 2.0 ** -126         # the smallest normal fp32: the scale of an all-zero block
 # scales="pow2": the smallest power of two >= amax/448. "fp32": amax/448. None: not quantized.
+SCALES = ("pow2", "fp32")
 IS_POW2 = {"pow2": True, "fp32": False, None: False}
 
 _TILE = tl.constexpr(BLOCK)                 # Inside a kernel only constexprs can be seen.
@@ -108,6 +109,7 @@ class QTensor(NamedTuple):
 
 def empty_q(like: Tensor, *shape: int, policy: str, rows_per_scale: int = 1) -> QTensor:
     """Room for an FP8 tensor of this shape, [..., R, C]."""
+    require(policy in SCALES, "scales must be 'pow2' or 'fp32'", policy)
     *experts, R, C = shape
     data = like.new_empty(shape, dtype=FP8)
     scale = like.new_empty(*experts, C // BLOCK, R // rows_per_scale, dtype=torch.float32)
@@ -221,6 +223,7 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
     A block of zeros gets SCALE_MIN, the smallest scale. A block with NaN or Inf gets SCALE_MIN and
     a factor of NaN, so all its codes become NaN.
     """
+    require(scales in SCALES, "scales must be 'pow2' or 'fp32'", scales)
     finite = amax.isfinite()
     if IS_POW2[scales]:
         # fp32 is a sign, 8 bits of biased exponent (127 is added) and 23 of fraction. 3.0 = 1.5 * 2
@@ -439,7 +442,7 @@ def _scaling_aware_transpose_kernel(
     slot = i * _TILE + tl.arange(0, _TILE)
     c = j * _TILE + tl.arange(0, _TILE)
     if rows is not None:                    # Gathered on the way in, the permute costs nothing.
-        r = tl.load(rows + slot)
+        r = tl.load(rows + slot).to(tl.int64)
     else:
         r = slot.to(tl.int64)
     live = r >= 0
@@ -836,7 +839,7 @@ def _gather_rows_kernel(
         return
     slot = tl.program_id(0).to(tl.int64) * R_TILE + tl.arange(0, R_TILE)
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)[None, :]
-    r = tl.load(rows + slot, mask=slot < M, other=-1)
+    r = tl.load(rows + slot, mask=slot < M, other=-1).to(tl.int64)
     tile = tl.load(x + r[:, None] * C + c, mask=(r >= 0)[:, None], other=0)
     tl.store(out + slot[:, None] * C + c, tile, mask=(slot < M)[:, None])
     if scale is not None:

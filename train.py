@@ -253,8 +253,12 @@ def recorded(forward_backward, eager: bool):
     if waits_for_device(forward_backward):
         return forward_backward, "called: a step waits for the device"
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = forward_backward()             # Launches are noted down, nothing is computed yet.
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            result = forward_backward()         # Launches are noted down, nothing is computed yet.
+    finally:
+        torch.cuda.set_stream(stream)           # A recording that fails leaves its own one behind.
 
     def replay():
         graph.replay()
@@ -354,15 +358,18 @@ FORMATS = {"casts": "d", "val_loss": ".4f", "delta_pct": "+.3f", "tokens_per_s":
 
 
 def compare(rows: list[dict]) -> list[dict]:
-    """The rows, with the difference in loss and the speed-up over bf16 on the same seed."""
+    """The rows, with the difference in loss and the speed-up over bf16 on the same seed. Between a
+    recorded and a called run there is none: it would compare the host."""
     bases = {row["seed"]: row for row in rows if row["recipe"] == "bf16"}
     compared = []
     for row in rows:
         base = bases.get(row["seed"])
-        compared.append({
-            **row,
-            "delta_pct": 100 * (row["val_loss"] / base["val_loss"] - 1) if base else None,
-            "speedup": row["tokens_per_s"] / base["tokens_per_s"] if base else None})
+        delta = speedup = None
+        if base:
+            delta = 100 * (row["val_loss"] / base["val_loss"] - 1)
+        if base and row["steps_are"] == base["steps_are"]:
+            speedup = row["tokens_per_s"] / base["tokens_per_s"]
+        compared.append({**row, "delta_pct": delta, "speedup": speedup})
     return compared
 
 
@@ -567,8 +574,8 @@ def train_all(runs: list[Run], text: bytearray, device: torch.device) -> list[Ru
         except RuntimeError as error:
             # Where memory runs out while a step is recorded, to end the recording fails, too. Of
             # this second error Python keeps the first one as the context.
-            causes = (error, error.__context__)
-            if not any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+            if not (isinstance(error, torch.OutOfMemoryError)
+                    or isinstance(error.__context__, torch.OutOfMemoryError)):
                 raise
             print(f"train.py: {name}: the GPU's memory does not suffice: lower --batch",
                   file=sys.stderr)
@@ -591,9 +598,9 @@ def write_comparison(finished: list[Run], out: Path, is_emulated: bool) -> None:
     print(f"\nwritten to {out}")
 
 
-def make_deterministic() -> None:
+def set_deterministic(is_wanted: bool) -> None:
+    torch.use_deterministic_algorithms(is_wanted)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # cuBLAS asks for this.
-    torch.use_deterministic_algorithms(True)
     # PyTorch would then fill new tensors, which takes time; no result here reads them unwritten.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -603,14 +610,13 @@ def main(argv=None) -> int:
         sys.stdout.reconfigure(errors="replace")
     args = make_parser().parse_args(argv)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if args.deterministic:
-        make_deterministic()
+    set_deterministic(args.deterministic)
     with contextlib.ExitStack() as stack:
         try:
             require(min(args.seeds) >= 0 and len(set(args.seeds)) == len(args.seeds),
                     "--seeds must be different numbers from 0 on", args.seeds)
-            require(not args.data or not args.out or not os.path.exists(args.out)
-                    or not os.path.samefile(args.data, args.out),
+            require(args.data is None or args.out is None
+                    or os.path.realpath(args.data) != os.path.realpath(args.out),
                     "--out is the folder of --data, which would read its own logs: give another "
                     "--out", args.out)
             specs = choose_specs(args)

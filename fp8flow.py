@@ -146,8 +146,8 @@ class Plan:
     sorted by expert, each expert padded to a multiple of 128. Every shape follows from T, k and E
     alone, so nothing waits for the GPU."""
     slot: Tensor             # [T, k] int64  the slot of each pair
-    token: Tensor            # [M] int64     the token in each slot, -1: padding
-    pair: Tensor             # [M] int64     the pair t*k + choice in each slot, -1: padding
+    token: Tensor            # [M] int64     the token in each slot, -1: padding or unused
+    pair: Tensor             # [M] int64     the pair t*k + choice in each slot, -1 alike
     tile_expert: Tensor      # [M/128] int32 the expert of each tile, -1: unused
     ends: Tensor             # [E] int32     where each expert's slots end, a multiple of 128
 
@@ -171,7 +171,7 @@ class SortedPairs(NamedTuple):
     with row_of_slot = [0 . . . 1 . . . 2 3 . . . . . .]."""
     token: Tensor            # [T*k] int64   the token of each row
     slot: Tensor             # [T*k] int64   the slot of each row
-    row_of_slot: Tensor      # [M] int64     the row in each slot, -1: padding
+    row_of_slot: Tensor      # [M] int64     the row in each slot, -1: padding or unused
     row_of_pair: Tensor      # [T, k] int64  the row of each pair
 
 

@@ -37,6 +37,7 @@ memory and barriers are in one's own hands.
 
 In kernels `r` and `c` are the rows and columns that a program works on, and `live` is the mask of
 those that exist. x + at is a block of pointers, which tl.load and tl.store follow.
+
 Padding and unused are two things: *padding* is slots of zeros at the end of an expert's last tile,
 *unused* are whole tiles at the end of all, in which nothing is written (but zeros by `transpose`).
 
@@ -68,9 +69,7 @@ BLOCK = 128                     # codes per scale, rows per expert tile, K-step 
 FP8 = torch.float8_e4m3fn
 E4M3_MAX = 448.0                # 1.75 * 2^8
 SCALE_MIN = 2.0 ** -126         # the smallest normal fp32: the scale of an all-zero block
-# scales="pow2": the smallest power of two >= amax/448. "fp32": amax/448. None: not quantized.
-SCALES = ("pow2", "fp32")
-IS_POW2 = {"pow2": True, "fp32": False, None: False}
+SCALES = ("pow2", "fp32")       # the smallest power of two >= amax/448, or amax/448 itself
 
 _TILE = tl.constexpr(BLOCK)                 # Inside a kernel only constexprs can be seen.
 _E4M3_MAX = tl.constexpr(E4M3_MAX)
@@ -225,7 +224,7 @@ def scale_of(amax: Tensor, scales: str) -> tuple[Tensor, Tensor]:
     """
     require(scales in SCALES, "scales must be 'pow2' or 'fp32'", scales)
     finite = amax.isfinite()
-    if IS_POW2[scales]:
+    if scales == "pow2":
         # fp32 is a sign, 8 bits of biased exponent (127 is added) and 23 of fraction. 3.0 = 1.5 * 2
         # has the biased exponent 128, its scale 128 - 8 = 120, which stands for 2^-7. Where the
         # fraction exceeds that of 448 = 1.75 * 2^8, the scale must be twice as large.
@@ -349,7 +348,7 @@ def quantize(x: Tensor, scales: str = "pow2", tile_expert: Tensor | None = None)
             "quantize takes x [R, C], C a multiple of 128, and tile_expert [R/128]", x.shape)
     q = empty_q(x, R, C, policy=scales)
     _quantize_kernel[triton.cdiv(R, 64), C // BLOCK](
-        x, as_bytes(q.data), q.scale, tile_expert, R, C, POW2=IS_POW2[scales], R_TILE=64,
+        x, as_bytes(q.data), q.scale, tile_expert, R, C, POW2=scales == "pow2", R_TILE=64,
         num_warps=8)
     return q
 
@@ -567,7 +566,7 @@ def requantize(q: QTensor, scales: str = "pow2", tile_expert: Tensor | None = No
     out = empty_q(q.data, C, M, policy=scales)
     _requantize_kernel[M // BLOCK, C // BLOCK](
         as_bytes(q.data), q.scale, tile_expert, as_bytes(out.data), out.scale, M, C,
-        POW2=IS_POW2[scales], num_warps=4)
+        POW2=scales == "pow2", num_warps=4)
     return out
 
 
@@ -654,7 +653,7 @@ def swiglu(h: Tensor, prob: Tensor, scales: str | None = None, tile_expert: Tens
     out, pointers = _emit(h, M, F, scales)
     tile = _swiglu_tile(F)
     _swiglu_kernel[triton.cdiv(M, tile["R_TILE"]), F // tile["C_TILE"]](
-        h, prob, tile_expert, *pointers, M, F, POW2=IS_POW2[scales], **tile)
+        h, prob, tile_expert, *pointers, M, F, POW2=scales == "pow2", **tile)
     return out
 
 
@@ -726,7 +725,7 @@ def swiglu_backward(da: Tensor, h: Tensor, prob: Tensor, scales: str | None = No
     dprob = prob.new_empty(M)
     tile = _swiglu_tile(F)
     _swiglu_backward_kernel[(triton.cdiv(M, tile["R_TILE"]),)](
-        da, h, prob, tile_expert, *dh_pointers, dprob, *a_pointers, M, F, POW2=IS_POW2[scales],
+        da, h, prob, tile_expert, *dh_pointers, dprob, *a_pointers, M, F, POW2=scales == "pow2",
         **tile)
     return dh, dprob, a
 
@@ -970,7 +969,7 @@ def quantize_weight(w: Tensor, scales: str = "pow2") -> tuple[QTensor, QTensor]:
     q = empty_q(w, E, N, K, policy=scales, rows_per_scale=BLOCK)
     q_t = empty_q(w, E, K, N, policy=scales, rows_per_scale=BLOCK)
     _quantize_weight_kernel[N // BLOCK, K // BLOCK, E](
-        w, as_bytes(q.data), q.scale, as_bytes(q_t.data), q_t.scale, N, K, POW2=IS_POW2[scales],
+        w, as_bytes(q.data), q.scale, as_bytes(q_t.data), q_t.scale, N, K, POW2=scales == "pow2",
         num_warps=8)
     return q, q_t
 

@@ -600,9 +600,10 @@ def write_comparison(finished: list[Run], out: Path, is_emulated: bool) -> None:
 
 def set_deterministic(is_wanted: bool) -> None:
     torch.use_deterministic_algorithms(is_wanted)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # cuBLAS asks for this.
-    # PyTorch would then fill new tensors, which takes time; no result here reads them unwritten.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    if is_wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS asks for this.
+        # PyTorch would fill new tensors, which takes time; no result here reads them unwritten.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def main(argv=None) -> int:

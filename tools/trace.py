@@ -170,7 +170,8 @@ def launches_of(spec: str, size: Size, device: str) -> list[Launch]:
 def print_launches(spec: str, size: Size, device: str) -> None:
     launches = launches_of(spec, size, device)
     moved = [launch.bytes() for launch in launches]
-    print(f"\n{spec}: {size}; MB: each input and output once, slots in use")
+    print(f"\n{spec}: {size}; MB: each input and output once, slots in use; torch.sort "
+          "is several launches")
     print(f"  {'':3}{'cast':>6}  {'operation':26}{'tensor':8}{'direction':11}{'shape':18}"
           f"{'in -> out':14}{'MB':>9}{'share':>8}")
     casts = 0

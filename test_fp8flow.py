@@ -2310,7 +2310,7 @@ def test_bench_runs(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("tool, words, sentence", [
     ("trace", "flow,scales=fp32", "SPEC flow,scales=fp32"), ("bench", "layer flow fast", "'fast'"),
-    ("bench", "kernels flow", "kernels takes no SPEC"), ("bench", "layer", "there is no GPU"),
+    ("bench", "kernels flow", "no group flow"), ("bench", "layer", "there is no GPU"),
     ("probe", "0", "N 0"), ("probe", "--steps 0", "steps must be positive; got 0"),
     ("probe", "1 --steps 1 --out /dev/null/x", "--out '/dev/null/x'"),
     ("draw", "everything", "NAME"), ("draw", "layer", "layer.csv cannot be read")])

@@ -1,8 +1,10 @@
 """Times on one GPU: every kernel, and the expert layer as a user calls it.
 
-    python -m tools.bench kernels           each beside what it replaces and what the machine can do
-    python -m tools.bench layer [SPEC ...]  `experts`, forward and backward, plan and weight casts
-                                            inside: bf16, naive, flow and the steps between them
+    python -m tools.bench kernels [GROUP ...]   each beside what it replaces and what the machine
+                                                can do: quantize, permute, transpose, swiglu, gemm
+    python -m tools.bench layer [SPEC ...]      `experts`, forward and backward, plan and weight
+                                                casts inside: bf16, naive, flow and the steps
+                                                between them
 
 Both take --csv FILE. All of it runs as CUDA graphs, since Python launches more slowly than some of
 the kernels run. What is compared is timed in turns, with the L2 cache flushed before each turn, so
@@ -399,18 +401,19 @@ def measure_ceilings() -> dict[str, float]:
 
 KERNEL_COLUMNS = ["size", *Size._fields, "kernel", "us", "rate", "unit", "of_ceiling", "speedup",
                   "over"]
-GROUPS = (quantize_cases, permute_cases, transpose_cases, swiglu_cases, gemm_cases)
+GROUPS = {"quantize": quantize_cases, "permute": permute_cases, "transpose": transpose_cases,
+          "swiglu": swiglu_cases, "gemm": gemm_cases}
 
 
-def bench_kernels(write) -> None:
+def bench_kernels(groups: list[str], write) -> None:
     """A line a kernel: us, GB/s or TFLOPS, the share of the ceiling that was measured in the same
     run, and the speed-up over what does the same otherwise."""
     ceilings = measure_ceilings()
     free()
     for name, size in {**LAYERS, **PAPER, "Mixtral": MIXTRAL}.items():
         say(f"\n{name}: {size}")
-        for cases in GROUPS:
-            for case in cases(size):
+        for group in groups:
+            for case in GROUPS[group](size):
                 functions = [case.function] + ([case.baseline] if case.baseline else [])
                 ms, *others = in_turns(as_graphs(functions), ROUNDS)
                 rate = case.work / ms / (1e6 if case.unit == "GB/s" else 1e9)
@@ -544,14 +547,17 @@ def main(argv=None) -> None:
         prog="python -m tools.bench", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kernels", "layer"))
-    parser.add_argument("specs", nargs="*", metavar="SPEC",
-                        help=f"for layer: recipes and switches (default: {' '.join(SPECS)})")
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help=f"for kernels: groups of them (default: {' '.join(GROUPS)}); for "
+                        f"layer: recipes and switches (default: {' '.join(SPECS)})")
     parser.add_argument("--csv", metavar="FILE", help="write the measurements there")
     args = parser.parse_args(argv)
     try:
-        for spec in args.specs:
-            fp8flow.parse_spec(spec)
-        fp8flow.require(not (args.specs and args.what == "kernels"), "kernels takes no SPEC")
+        for name in args.names:
+            if args.what == "layer":
+                fp8flow.parse_spec(name)
+            else:
+                fp8flow.require(name in GROUPS, f"no group {name}: choose from {', '.join(GROUPS)}")
         has_fp8 = torch.cuda.is_available() and kernels.use_kernels(torch.device("cuda:0"))
         fp8flow.require(has_fp8, "there is no GPU of compute capability 8.9 or later here: timings "
                         "need one")
@@ -560,9 +566,9 @@ def main(argv=None) -> None:
             say(f"torch {torch.__version__}, triton {triton.__version__}, "
                 f"{torch.cuda.get_device_name()}")
             if args.what == "kernels":
-                bench_kernels(write)
+                bench_kernels(args.names or list(GROUPS), write)
             else:
-                bench_layer(args.specs or SPECS, write)
+                bench_layer(args.names or SPECS, write)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

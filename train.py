@@ -36,6 +36,10 @@ import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+# Memory is taken in pieces that can grow, so that fewer gaps stay between tensors. PyTorch reads it
+# once, when it is imported.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 import numpy as np
 import torch
 import triton

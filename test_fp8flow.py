@@ -2300,7 +2300,7 @@ def test_bench_runs(monkeypatch, tmp_path, capsys):
     bench.main(["layer", "flow", "naive", "--csv", str(tmp_path / "layer.csv")])
     bench.main(["kernels", "swiglu", "--csv", str(tmp_path / "group.csv")])
     rows = read_csv(tmp_path / "group.csv")
-    assert rows and all("swiglu" in row["kernel"] for row in rows)
+    assert rows and all(row["kernel"].startswith("SwiGLU") for row in rows)
     quantize = read_csv(tmp_path / "kernels.csv")[0]
     moved = 3 * 1024 * 256                      # bf16 in, FP8 out; GB/s are bytes a nanosecond
     assert float(quantize["rate"]) == pytest.approx(moved / float(quantize["us"]) / 1e3, rel=1e-2)

@@ -2294,7 +2294,7 @@ def test_bench_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "LAYERS", {"layer 1": size})
     monkeypatch.setattr(bench, "PAPER", {})
     monkeypatch.setattr(bench, "MIXTRAL", size)
-    case = ({"layer 1": size}, "random", torch.bfloat16)
+    case = ({"training": size}, "random", torch.float32)
     monkeypatch.setattr(bench, "CASES", ((*case, False, True), (*case, True, False)))
     bench.main(["kernels", "--csv", str(tmp_path / "kernels.csv")])
     bench.main(["layer", "flow", "naive", "--csv", str(tmp_path / "layer.csv")])
@@ -2305,7 +2305,7 @@ def test_bench_runs(monkeypatch, tmp_path, capsys):
     moved = 3 * 1024 * 256                      # bf16 in, FP8 out; GB/s are bytes a nanosecond
     assert float(quantize["rate"]) == pytest.approx(moved / float(quantize["us"]) / 1e3, rel=1e-2)
     flow = [row for row in read_csv(tmp_path / "layer.csv") if row["spec"] == "flow"]
-    assert [row["weights"] for row in flow] == ["bfloat16", "bfloat16, frozen"]
+    assert [row["weights"] for row in flow] == ["float32", "float32, frozen"]
     assert float(flow[0]["sqnr_y"]) > 20 and float(flow[0]["ms"]) > 0 and flow[1]["sqnr_dw1"] == ""
     rows = [float(row["ms"]) for row in draw.read_layer(tmp_path / "layer.csv")]
     assert len(rows) == 3 and draw.draw_layer(tmp_path).exists()

@@ -193,7 +193,7 @@ def draw_bytes(folder: Path, size: Size = LAYERS["layer 1"]) -> Path:
 
 
 def read_layer(path: Path) -> list[dict]:
-    """The rows that are drawn: bf16, naive and flow at the first size, random routing, in turns.
+    """The rows that are drawn: bf16, naive and flow in the layer of the training step, in turns.
     Raises ValueError where there are none."""
     remedy = "write it on a GPU with: python -m tools.bench layer --csv assets/layer.csv"
     try:
@@ -201,7 +201,7 @@ def read_layer(path: Path) -> list[dict]:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise ValueError(f"layer: {path} cannot be read ({error.strerror}): {remedy}")
-    drawn = {"size": "layer 1", "routing": "random", "weights": "bfloat16"}
+    drawn = {"size": "training", "routing": "random", "weights": "float32"}
     chosen = []
     for row in rows:
         is_drawn = all(row.get(column) == value for column, value in drawn.items())
@@ -226,8 +226,8 @@ def draw_layer(folder: Path) -> Path:
     axes = figure.subplots()
     draw_bars(axes, [row["spec"] for row in rows], [parts_of(row) for row in rows], 0.8)
     for y, (row, ms) in enumerate(zip(rows, times)):
-        write(axes, ms, y, f" {ms:.2f} ms, {float(row['speedup']):.2f}x", ha="left")
-    axes.set_xlim(0, 1.35 * max(times))
+        write(axes, ms, y, f" {ms:.1f} ms, {float(row['speedup']):.2f}x", ha="left")
+    axes.set_xlim(0, 1.25 * max(times))
     sizes = ", ".join(f"{name} {rows[0][name]}" for name in Size._fields)
     label = f"ms of one forward and backward, and speed-up over bf16 ({sizes})"
     figure.supxlabel(label, fontsize="medium")

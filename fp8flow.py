@@ -167,8 +167,9 @@ class Plan:
 
 
 class SortedPairs(NamedTuple):
-    """The pairs sorted by expert, a row each, but not padded yet: in make_plan's example four rows,
-    with row_of_slot = [0 . . . 1 . . . 2 3 . . . . . .]."""
+    """The pairs sorted by expert, a row each, but not padded yet. In make_plan's example four rows:
+    token = [0 1 0 1], slot = [0 4 8 9], row_of_slot = [0 . . . 1 . . . 2 3 . . . . . .] and
+    row_of_pair = [[2, 0], [3, 1]]."""
     token: Tensor            # [T*k] int64   the token of each row
     slot: Tensor             # [T*k] int64   the slot of each row
     row_of_slot: Tensor      # [M] int64     the row in each slot, -1: padding or unused
@@ -196,7 +197,7 @@ def make_plan(top_k_index: Tensor, num_experts: int) -> Plan:
     require(top_k_index.dtype in (torch.int32, torch.int64),
             "top_k_index holds numbers of experts: give it as int32 or int64", top_k_index.dtype)
     k = top_k_index.shape[-1]
-    # Narrow keys are sorted faster. What is out of range stays out of range.
+    # Narrow keys are sorted faster. What is out of range becomes -1 or num_experts.
     chosen = top_k_index.flatten().clamp(-1, num_experts).int()
     # Pairs sorted by expert are called rows: those of expert e are bounds[e] to bounds[e + 1].
     expert_of_row, pair_of_row = chosen.sort(stable=True)                   # [0 1 2 2], [1 3 0 2]
@@ -209,7 +210,8 @@ def make_plan(top_k_index: Tensor, num_experts: int) -> Plan:
 
 
 def check_index(top_k_index: Tensor, bounds: Tensor) -> None:
-    """An index out of range is a row outside of all bounds."""
+    """An index out of range is a row outside of all bounds: -1 comes before the first of them, and
+    num_experts after the last."""
     in_range = bounds[-1] - bounds[0] == top_k_index.numel()
     sentence = f"top_k_index must hold experts from 0 to {len(bounds) - 2}"
     if in_range.is_cuda:
@@ -335,9 +337,9 @@ class FP8Experts(torch.autograd.Function):
         y = kernels.grouped_gemm(a, w2_fp8, plan.tile_expert, plan.ends)
         y = unpermute(y, plan, recipe)
 
-        # Kept for backward: the plan; H in bf16; X in FP8, permuted or not; W1^T and W2^T. Where
-        # SwiGLU is unfused (naive), A, too, since making it again from H would cost a cast. What is
-        # saved here is freed at the end of backward; an attribute would live on.
+        # Kept for backward: the plan; H in bf16, and prob; X in FP8, permuted or not; W1^T and
+        # W2^T. Where SwiGLU is unfused (naive), A, too, since making it again from H would cost a
+        # cast. What is saved here is freed at the end of backward; an attribute would live on.
         x_kept = x_fp8 if keeps_x_unpermuted(recipe) else x_slots
         nothing = QTensor(None, None, recipe.scales)
         a_kept = a if recipe.swiglu == "unfused" else nothing

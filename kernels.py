@@ -39,7 +39,7 @@ In kernels `r` and `c` are the rows and columns that a program works on, and `li
 those that exist. x + at is a block of pointers, which tl.load and tl.store follow.
 
 Padding and unused are two things: *padding* is slots of zeros at the end of an expert's last tile,
-*unused* are whole tiles at the end of all, in which nothing is written (but zeros by `transpose`).
+*unused* are whole tiles at the end of all, which no product reads, and most kernels do not write.
 
 Shapes: R rows, C columns of any matrix; T tokens, M padded token slots, F expert width, E experts;
 a GEMM is [M, K] times [N, K]^T (in wgrad M and N are widths, and K is the slots).
@@ -452,8 +452,8 @@ def _scaling_aware_transpose_kernel(
     k = (top.to(tl.int32, bitcast=True) - s.to(tl.int32, bitcast=True)) >> 23
     factor = (tl.maximum(127 - k, 0) << 23).to(tl.float32, bitcast=True)        # 2^-k
     # fp16 is enough, and faster than fp32. A code has 4 significant bits, and fp16 reaches down to
-    # 2^-24: so a product of 2^-21 or more is exact. What is smaller becomes 0 in any case, since
-    # E4M3's smallest code is 2^-9; so does all where the factor itself is 0 in fp16.
+    # 2^-24: so a product of 2^-21 or more is exact. Smaller ones may be wrong, and become 0 in any
+    # case, since E4M3's smallest code is 2^-9. A factor that is 0 in fp16 makes all of them 0.
     values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     codes = _encode(values * factor.to(tl.float16)[:, None])
     tl.store(out + c[:, None].to(tl.int64) * M + slot[None, :], tl.trans(codes))
@@ -777,8 +777,8 @@ def _plan_slots_kernel(
     tiles = (end_row - first_row + _TILE - 1) // _TILE          # of each expert
     end_tile = tl.cumsum(tiles, 0)
     expert = tl.sum((end_tile <= tile).to(tl.int32), 0)         # so many end before this tile
-    # Triton cannot index a block: x[expert] is a sum in which all others are 0. In a tile that no
-    # expert uses all are.
+    # Triton cannot index a block: x[expert] is a sum in which all others are 0. In an unused tile
+    # `expert` is EXPERTS, which no e is: the sums are 0, and no row is live.
     is_mine = e == expert
     row_of_tile = first_row + (tile - (end_tile - tiles)) * _TILE
     row = tl.sum(tl.where(is_mine, row_of_tile, 0), 0) + tl.arange(0, _TILE)
@@ -1185,7 +1185,7 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor,
 # has, and where it goes:
 #
 #     registers        65,536       at launch      12 warps x 32 threads x 168 = 64,512
-#                                   then, a group of four warps each, and the loader as one of them:
+#                                   then, a group of four warps each, of which the loader uses one:
 #                                   2 consumers    232 a thread: 64 for the sums of the left half
 #                                                  (64 x 128 over 128 threads), 64 for those of the
 #                                                  right one, 64 for a partial sum, 40 for the rest
@@ -1291,8 +1291,8 @@ def _loader(a, b, b_scale, ring, problem, tiles,
                 right_col = gl.minimum(col // _TILE + 1, N // _TILE - 1) * _TILE    # naive
                 _copy(left_scales, scales + col)                                    # naive
                 _copy(right_scales, scales + right_col)                             # naive
-                # `left_full` waits for both copies: each of 32 threads adds an arrival to the one
-                # that this phase needs, and arrives when its copies have ended.
+                # `left_full` waits for both copies, too: each of the 32 threads lets it expect one
+                # arrival more, and that arrival comes when the thread's copies have ended.
                 async_copy.mbarrier_arrive(left_full)                               # naive
             # `expect` arrives, and tells the barrier how many bytes to wait for besides. Rows of b
             # past N are those of the next expert, or zeros; their products are not stored.
@@ -1349,7 +1349,7 @@ def _consumer(consumer: gl.constexpr, a_scale, b_scale, out, buffers, ring, prob
         row, col, expert, begin, end = _locate(tile, problem, WGRAD)
         # Scales are loaded a K-step ahead; the last step loads its own again. An expert without
         # rows has no step (begin == end): what is loaded here is not used then, but the address
-        # must exist, hence the two clamps.
+        # must exist, hence `last` and `first`.
         last = gl.maximum(end - 1, 0)
         first = gl.minimum(begin, last)
         a_scale_at = a_scale + (row + r) // A_PER
@@ -1434,7 +1434,7 @@ def _store(x, out, row, col, consumer: gl.constexpr, buffers):
 @gluon.jit
 def _halves(x):
     """x [R, C] -> its left and its right half, [R, C/2] each. `split` takes the last axis apart, so
-    the two halves must lie along it."""
+    the two halves must lie along it: a row [0 1 2 3] becomes [[0 1] [2 3]], then [[0 2] [1 3]]."""
     return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
 
 

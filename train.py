@@ -325,7 +325,7 @@ def train(run: Run, text: Tensor, val_text: Tensor) -> dict:
                 raise FloatingPointError(f"step {step} has the loss {loss} and a gradient of norm "
                                          f"{grad_norm}: lower --lr")
             # Outside of the graph, since its learning rate changes and a broken gradient stops it.
-            # The GPU works on it into the next step, whose time it falls into.
+            # The GPU works on it into the next step, which is timed with it.
             optimizer.step()
 
             val_loss = None

@@ -218,27 +218,17 @@ def make_model(run: Run, device: torch.device) -> tuple[GPT, torch.optim.Optimiz
 
 
 def waits_for_device(forward_backward) -> bool:
-    """Calls it once with a flag that lets everything fail that makes the host wait for the GPU.
-
-    It runs on a stream (a queue of work) of its own, because PyTorch asks for such a call before a
-    graph is recorded. What is freed on one stream PyTorch keeps for that stream. So this memory is
-    given back first: the call on the other stream could not use it.
-    """
-    torch.cuda.empty_cache()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    """Calls it once with a flag that lets everything fail that makes the host wait for the GPU."""
     warnings.filterwarnings("ignore", "Synchronization debug mode")     # "is a prototype feature"
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.stream(side):
-            forward_backward()
+        forward_backward()
     except RuntimeError as error:
         if "synchronizing" not in str(error):   # but too little memory, say
             raise
         return True
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.current_stream().wait_stream(side)
     return False
 
 
@@ -258,12 +248,8 @@ def recorded(forward_backward, eager: bool):
     if waits_for_device(forward_backward):
         return forward_backward, "called: a step waits for the device"
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph):
-            result = forward_backward()         # Launches are noted down, nothing is computed yet.
-    finally:
-        torch.cuda.set_stream(stream)           # A recording that fails leaves its own one behind.
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        result = forward_backward()             # Launches are noted down, nothing is computed yet.
 
     def replay():
         graph.replay()
@@ -642,6 +628,10 @@ def main(argv=None) -> int:
             return 2
         print(f"torch {torch.__version__}, triton {triton.__version__}, "
               f"{runs[0].settings['device']}; writing to {out}\n{preset}\n{sentence}", flush=True)
+        if device.type == "cuda":
+            # A stream is a queue of work, and the one that is there by default cannot be recorded.
+            # All runs share one, since PyTorch and cuBLAS keep memory for each stream.
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
         try:
             finished = train_all(runs, text, device)
             if finished:

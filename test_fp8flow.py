@@ -2201,11 +2201,14 @@ def test_each_run_needs_the_memory_of_the_first(files, monkeypatch):
 
 
 @ON_A_GPU
-def test_what_waits_is_called(small_train, monkeypatch, capsys):
-    """The twins, and a bf16 layer that reads a number of its result."""
+def test_twins_wait_and_are_called(small_train, capsys):
     assert small_train("flow", "--out", "x") == 0           # small_train forces the twins.
     assert "called: a step waits for the device" in capsys.readouterr().out
-    monkeypatch.undo()
+
+
+@ON_A_GPU
+def test_a_step_that_waits_is_called(files, monkeypatch, capsys):
+    """A bf16 layer that reads a number of its result."""
     grouped_mm = fp8flow.torch_grouped_mm
 
     def waiting(*arguments):
@@ -2213,7 +2216,7 @@ def test_what_waits_is_called(small_train, monkeypatch, capsys):
         result.sum().item()                     # The host waits.
         return result
     monkeypatch.setattr(fp8flow, "torch_grouped_mm", waiting)
-    assert train_py.main("bf16 --preset tiny --steps 3 --out y".split()) == 0
+    assert train_py.main("bf16 --preset tiny --steps 3 --out x".split()) == 0
     assert "called: a step waits for the device" in capsys.readouterr().out
 
 

@@ -185,7 +185,8 @@ def validate(run_step, window: Tensor, text: Tensor) -> float:
     """
     batch, length = window.shape
     count = VAL_BATCHES * batch
-    starts = torch.arange(count, device=text.device) * (len(text) - length) // max(1, count - 1)
+    last = len(text) - length                   # where the last window starts; the first, at 0
+    starts = torch.arange(count, device=text.device) * last // max(1, count - 1)
     losses = []
     for some in starts.split(batch):
         window.copy_(windows_at(text, some, length - 1))

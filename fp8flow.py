@@ -23,9 +23,9 @@ enter GEMMs, each twice:
 
 The naive dataflow casts each of the four three times: quantize row-wise (Q), dequantize (DQ),
 quantize column-wise (Q'). That is 12 explicit casts, launches that do no more than change the
-precision of an activation or find new scales in it. And it rounds twice: what a code is worth at
-one scale is seldom worth a code at another. Between two scales that are powers of two it is: only
-the exponent of the code changes. That is exact while codes stay normal, 2^-6 or more.
+precision of an activation or find new scales in it. And it rounds twice: a code times its scale,
+divided by another scale, is seldom a code again. Between two scales that are powers of two it is:
+only the exponent of the code changes. That is exact while codes stay normal, 2^-6 or more.
 
 The direct transpose has a price: it shares one scale in a 128x128 tile, so that rows far smaller
 than the largest round to subnormal codes or vanish. Only wgrad reads its result, and wgrad can pay:
@@ -229,7 +229,7 @@ def spread(top_k_weights: Tensor, plan: Plan) -> Tensor:
 
 def exact_layer(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w1: Tensor,
                 w2: Tensor) -> Tensor:
-    """The layer in fp64, an expert after the other over all tokens: x [T, D] -> [T, D].
+    """The layer in fp64, one expert after the other over all tokens: x [T, D] -> [T, D].
 
     Autograd gives its gradients. Nothing is shared with the code below.
     """
@@ -292,7 +292,7 @@ def column_wise(q: QTensor, plan: Plan, recipe: Recipe, token: Tensor | None = N
         return kernels.requantize(q, recipe.scales, plan.tile_expert)
     x = kernels.dequantize(q, torch.bfloat16, plan.tile_expert)
     x = kernels.transpose(x, plan.tile_expert)
-    # Unused tiles, E at most, are quantized, too: the transpose has written zeros there.
+    # Unused tiles are quantized, too: the transpose has written zeros there.
     return kernels.quantize(x, recipe.scales)
 
 

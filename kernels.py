@@ -1185,7 +1185,8 @@ def grouped_wgrad(a: QTensor, b: QTensor, ends: Tensor,
 # has, and where it goes:
 #
 #     registers        65,536       at launch      12 warps x 32 threads x 168 = 64,512
-#                                   then, a group of four warps each, of which the loader uses one:
+#                                   (three groups of four, though the loader needs one warp);
+#                                   then each group has other numbers:
 #                                   2 consumers    232 a thread: 64 for the sums of the left half
 #                                                  (64 x 128 over 128 threads), 64 for those of the
 #                                                  right one, 64 for a partial sum, 40 for the rest

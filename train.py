@@ -219,7 +219,7 @@ def make_model(run: Run, device: torch.device) -> tuple[GPT, torch.optim.Optimiz
 
 
 def waits_for_device(forward_backward) -> bool:
-    """Calls it once with a flag that lets everything fail that makes the host wait for the GPU."""
+    """Calls it once, in a mode in which what makes the host wait for the GPU raises an error."""
     warnings.filterwarnings("ignore", "Synchronization debug mode")     # "is a prototype feature"
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -269,9 +269,9 @@ def train(run: Run, text: Tensor, val_text: Tensor) -> dict:
     def forward_backward() -> Tensor:
         """Leaves the clipped gradients for `window`. Returns the loss, the load-balancing loss and
         the norm of the gradient before it was clipped, as one tensor."""
-        # Without this, backward would add to the gradients of the step before. Now it makes new
-        # tensors for them. A replay makes none: it writes to those of the recording, where the
-        # optimizer finds the new numbers.
+        # Without this, backward would add to the gradients of the step before. It makes new
+        # tensors for them instead; where it is recorded, each replay overwrites the tensors that
+        # were made then, and the optimizer finds the new numbers there.
         model.zero_grad()
         loss, balance = model(window[:, :-1], window[:, 1:])
         (loss + BALANCE * balance).backward()
@@ -311,7 +311,8 @@ def train(run: Run, text: Tensor, val_text: Tensor) -> dict:
             if not math.isfinite(loss + grad_norm):
                 raise FloatingPointError(f"step {step} has the loss {loss} and a gradient of norm "
                                          f"{grad_norm}: lower --lr")
-            # Outside of the graph, since its learning rate changes and a broken gradient stops it.
+            # Outside of the graph, since its learning rate changes, and since it must not run when
+            # the loss or the gradient is not finite.
             # The GPU works on it into the next step, which is timed with it.
             optimizer.step()
 
@@ -351,8 +352,8 @@ FORMATS = {"casts": "d", "val_loss": ".4f", "delta_pct": "+.3f", "tokens_per_s":
 
 
 def compare(rows: list[dict]) -> list[dict]:
-    """The rows, with the difference in loss and the speed-up over bf16 on the same seed. Between a
-    recorded and a called run there is none: it would compare the host."""
+    """The rows, with the difference in loss and the speed-up over bf16 on the same seed. A recorded
+    run has no speed-up over a called one: it would say how fast the host launches."""
     bases = {row["seed"]: row for row in rows if row["recipe"] == "bf16"}
     compared = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""The pictures of README.md, from what the code and the measurements say.
+"""The pictures of README.md and answers.md, from what the code and the measurements say.
 
     python -m tools.draw NAME [NAME ...]        writes assets/NAME.png
 
